@@ -1,0 +1,1 @@
+"""The few words that every other folder speaks: plain dataclasses and errors."""
