@@ -1,0 +1,26 @@
+"""Codecs by name."""
+
+from functools import cache
+
+from gangline.core.errors import FormatError
+from gangline.formats.codec import Codec
+from gangline.formats.dense import dense_codecs
+
+
+@cache
+def _codecs() -> dict[str, Codec]:
+    codecs: list[Codec] = [*dense_codecs()]
+    return {codec.name: codec for codec in codecs}
+
+
+def get_codec(name: str) -> Codec:
+    """The codec called ``name``; FormatError lists the known names."""
+    codecs = _codecs()
+    if name not in codecs:
+        raise FormatError(f"unknown codec {name!r}; known: {', '.join(codecs)}")
+    return codecs[name]
+
+
+def codec_names() -> tuple[str, ...]:
+    """Every known name."""
+    return tuple(_codecs())
