@@ -52,7 +52,7 @@ def test_disk_reads_are_aligned_spread_and_whole(data, reads):
 def test_rate_is_bytes_read_over_time(data, reads):
     seconds = 0.3
     rate = measure_disk(data, size=65536, depth=1, seconds=seconds)
-    # The clock stops no earlier than `seconds`, so the reported rate cannot exceed all the bytes over that time.
+    # The clock stops no earlier than `seconds`: the rate cannot exceed all bytes over that time.
     assert rate <= sum(nbytes for _, nbytes, _ in reads) / seconds
 
 

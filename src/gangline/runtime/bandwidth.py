@@ -1,7 +1,7 @@
 """How fast this machine reads expert-sized pieces of a file, and memory: the two limits of expert offloading.
 
-Both numbers move from minute to minute on shared machines, so callers that report a share of the limit measure it
-right before and right after the run they report.
+Both numbers move from minute to minute on shared machines, so callers that report a share of the limit
+measure it right before and right after the run they report.
 """
 
 import logging
@@ -32,12 +32,12 @@ RAM_BLOCK_BYTES = 256 * MIB
 def measure_disk(path: Path, *, size: int = 12 * MIB, depth: int = 2, seconds: float = 1.5) -> float:
     """Return bytes/s of reads of ``size`` bytes at random places of a file, ``depth`` of them in flight.
 
-    The reads go around the page cache (O_DIRECT). On a file system without O_DIRECT the file's pages are dropped from
-    the cache first instead, and a warning says so.
+    The reads go around the page cache (O_DIRECT). On a file system without O_DIRECT the file's pages are
+    dropped from the cache first instead, and a warning says so.
 
     Args:
-        path: a file to read, or a folder: its largest file is read if it has at least 1 GiB, else a scratch file of
-            1 GiB is written there and removed.
+        path: a file to read, or a folder: its largest file is read if it has at least 1 GiB, else a
+            scratch file of 1 GiB is written there and removed.
         size: bytes of one read, rounded up to 4 KiB; an expert's size gives an expert's bandwidth.
         depth: reads in flight (one thread each).
         seconds: how long to read.
@@ -55,7 +55,7 @@ def measure_disk(path: Path, *, size: int = 12 * MIB, depth: int = 2, seconds: f
 def measure_ram(threads: int, *, seconds: float = 1.0) -> float:
     """Return bytes/s at which ``threads`` threads together read memory far larger than the caches.
 
-    Each thread sums its own 256 MiB of int64 over and over: one addition per 8 bytes, so that memory limits it.
+    Each thread sums its own 256 MiB of int64 over and over: one addition per 8 bytes, so memory limits it.
 
     Raises:
         UsageError: ``threads`` is not above zero.
@@ -90,7 +90,7 @@ def _rate(step: Callable[[int], int], threads: int, seconds: float) -> float:
 
 
 def _read_for(fd: int, places: Iterator[int], size: int, depth: int, seconds: float) -> float:
-    # Anonymous maps start on a page, as O_DIRECT wants its buffers; writing them makes the pages real beforehand.
+    # Anonymous maps start on a page, as O_DIRECT wants its buffers; writing makes the pages real beforehand.
     buffers = [mmap.mmap(-1, size) for _ in range(depth)]
     for buffer in buffers:
         buffer.write(b"\0" * size)
