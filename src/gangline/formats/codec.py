@@ -1,7 +1,7 @@
 """What every codec of one expert matrix offers, and the checks that all codecs share.
 
-Shape suffixes in this folder: O rows (out), I columns (in), B bytes of one block or row, N blocks or groups of the
-whole matrix, G groups of a row, L elements of a block or group.
+Shape suffixes in this folder: O rows (out), I columns (in), G groups of a row, N blocks or groups of the whole
+matrix, L elements of a block or group, B bytes of a block or row.
 """
 
 from collections.abc import Sequence
@@ -72,7 +72,7 @@ def check_raw(name: str, raw: Tensor, shape: Shape, nbytes: int) -> Tensor:
     """Refuse ``raw`` unless it is exactly the bytes of an encoded matrix of ``shape``."""
     if raw.dtype != torch.uint8 or raw.dim() != 1:
         got = f"{raw.dtype} {tuple(raw.shape)}"
-        raise FormatError(f"{name}: encoded bytes must be uint8 in one dimension, got {got}; view them as such")
+        raise FormatError(f"{name}: encoded bytes must be uint8 in one dimension, got {got}")
     if raw.numel() != nbytes:
         raise FormatError(
             f"{name}: a matrix {tuple(shape)} takes {nbytes} bytes, got {raw.numel()}; "
