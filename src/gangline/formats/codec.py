@@ -1,7 +1,7 @@
 """What every codec of one expert matrix offers, and the checks that all codecs share.
 
-Shape suffixes in this folder: O rows (out), I columns (in), G groups of a row, N blocks or groups of the whole
-matrix, L elements of a block or group, B bytes of a block or row.
+Shape suffixes in this folder: O rows (out), I columns (in), G groups of a row, N blocks or groups of the
+whole matrix, L elements of a block or group, B bytes of a block or row.
 """
 
 from collections.abc import Sequence
