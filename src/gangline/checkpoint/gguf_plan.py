@@ -1,0 +1,236 @@
+"""Which rows of a safetensors checkpoint make up each tensor of a GGUF file.
+
+Legend: D hidden, E experts, F intermediate.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gangline.checkpoint.gguf_names import FAMILIES, Family
+from gangline.core.errors import CheckpointError, UnsupportedModelError
+
+ARCHITECTURES = {"olmoe": "olmoe", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "mixtral": "llama"}
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_MATRIX_TYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32", "q8_0": "Q8_0", "q4_0": "Q4_0"}
+_BLOCK = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18)}
+_MIXTRAL_PARTS = {"w1": "gate", "w3": "up", "w2": "down"}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One tensor of a safetensors file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A run of rows of one stored tensor, seen as a matrix with its last dimension as columns."""
+
+    tensor: str
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """One tensor of the GGUF file.
+
+    Attributes:
+        name: its GGUF name.
+        shape: rows last but one, columns last (GGUF stores the reverse).
+        type: name of its ggml type.
+        rows: where its rows come from, in order.
+        heads: number of attention heads whose rows are permuted for rotary pairs; 0: rows stay as they are.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    rows: tuple[Rows, ...]
+    heads: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the encoded tensor without padding."""
+        block, size = _BLOCK[self.type]
+        return math.prod(self.shape) // block * size
+
+
+class SafetensorsRows:
+    """Reads runs of rows from a folder of safetensors files with plain reads: no mapping, nothing kept."""
+
+    def __init__(self, folder: Path) -> None:
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(
+                f"{folder} holds no .safetensors file; convert the checkpoint to safetensors first"
+            )
+        self.tensors: dict[str, _Stored] = {}
+        for file in files:
+            self.tensors.update(_read_index(file))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a stored tensor."""
+        return self.tensors[name].shape
+
+    def read(self, rows: Rows) -> Tensor:
+        """Return the rows as a ``(count, columns)`` tensor in the stored dtype."""
+        stored = self.tensors[rows.tensor]
+        columns = stored.shape[-1]
+        width = columns * stored.dtype.itemsize
+        buffer = bytearray(rows.count * width)
+        with stored.file.open("rb", buffering=0) as file:
+            file.seek(stored.offset + rows.start * width)
+            view, done = memoryview(buffer), 0
+            while done < len(buffer):
+                got = file.readinto(view[done:])
+                if not got:
+                    raise CheckpointError(f"{stored.file} ends inside {rows.tensor}; download the file again")
+                done += got
+        return torch.frombuffer(buffer, dtype=stored.dtype).view(rows.count, columns)
+
+
+def _read_index(file: Path) -> dict[str, _Stored]:
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if length > size - 8:
+            raise CheckpointError(
+                f"{file} is truncated: its header does not fit in the file; download it again"
+            )
+        try:
+            header: dict[str, Any] = json.loads(handle.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{file} has a corrupt header ({error}); download it again") from error
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _DTYPES:
+            raise UnsupportedModelError(
+                f"{name} in {file} is {entry['dtype']}; GGUF is written from F32, F16 or BF16"
+            )
+        start, end = entry["data_offsets"]
+        if 8 + length + end > size:
+            raise CheckpointError(f"{file} is truncated: {name} lies beyond its end; download it again")
+        tensors[name] = _Stored(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + start)
+    return tensors
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All tensors of the file, in order, and where their rows are read."""
+
+    family: Family
+    source: SafetensorsRows
+    tensors: tuple[OutTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def plan_tensors(folder: Path, config: Any, type: str) -> Plan:
+    """Plan the GGUF file of one transformers folder from its headers.
+
+    Raises:
+        CheckpointError: an expert or a dense tensor is missing.
+        UnsupportedModelError: the folder holds a tensor that llama.cpp's architecture does not have.
+    """
+    family = FAMILIES[ARCHITECTURES[config.model_type]]
+    source = SafetensorsRows(folder)
+    tensors = [*_dense_tensors(family, source, config, type), *_expert_tensors(source, config, type)]
+    names = {tensor.name for tensor in tensors}
+    missing = {"token_embd.weight", "output_norm.weight"} - names
+    if missing:
+        raise CheckpointError(f"{folder} lacks {', '.join(sorted(missing))}; the checkpoint is incomplete")
+    if "output.weight" not in names and family.arch in ("olmoe", "qwen2moe"):
+        # These two architectures of llama.cpp do not fall back to the embedding.
+        embedding = next(tensor for tensor in tensors if tensor.name == "token_embd.weight")
+        tensors.append(OutTensor("output.weight", embedding.shape, embedding.type, embedding.rows))
+    return Plan(family, source, tuple(sorted(tensors, key=lambda tensor: _place(tensor.name))))
+
+
+def _place(name: str) -> tuple[int, str]:
+    match = re.match(r"blk\.(\d+)\.", name)
+    return (int(match[1]) + 1, name) if match else (0, name)
+
+
+def _dense_tensors(family: Family, source: SafetensorsRows, config: Any, type: str) -> Iterator[OutTensor]:
+    heads = {"attn_q.weight": config.num_attention_heads, "attn_k.weight": config.num_key_value_heads}
+    for stored in source.tensors:
+        if ".experts." in stored or stored.endswith("rotary_emb.inv_freq"):
+            continue
+        name = family.gguf_name(stored.replace(".block_sparse_moe.", ".mlp."))
+        if name is None:
+            raise UnsupportedModelError(
+                f"llama.cpp's {family.arch} architecture has no tensor for {stored}; "
+                "this model cannot become a GGUF file"
+            )
+        shape = source.shape(stored)
+        if name.endswith("ffn_gate_inp_shexp.weight"):
+            shape = shape[-1:]
+        kept = len(shape) == 1 or "ffn_gate_inp" in name
+        yield OutTensor(
+            name,
+            shape,
+            "F32" if kept else _matrix_type(name, shape[-1], type),
+            (Rows(stored, 0, math.prod(source.shape(stored)[:-1])),),
+            next((n for end, n in heads.items() if family.permuted and name.endswith(end)), 0),
+        )
+
+
+def _matrix_type(name: str, columns: int, type: str) -> str:
+    chosen = _MATRIX_TYPES[type]
+    if chosen == "Q4_0" and name in ("token_embd.weight", "output.weight"):
+        chosen = "Q8_0"
+    return "F16" if columns % _BLOCK[chosen][0] else chosen
+
+
+def _expert_tensors(source: SafetensorsRows, config: Any, type: str) -> Iterator[OutTensor]:
+    for layer in range(config.num_hidden_layers):
+        for part in ("gate", "up", "down"):
+            rows = tuple(_expert_rows(source, layer, expert, part) for expert in range(config.num_experts))
+            columns = source.shape(rows[0].tensor)[-1]
+            if len({(row.count, source.shape(row.tensor)[-1]) for row in rows}) > 1:
+                raise CheckpointError(
+                    f"the experts of layer {layer} differ in the shape of {part}; the folder is corrupt"
+                )
+            name = f"blk.{layer}.ffn_{part}_exps.weight"
+            yield OutTensor(
+                name, (len(rows), rows[0].count, columns), _matrix_type(name, columns, type), rows
+            )
+
+
+def _expert_rows(source: SafetensorsRows, layer: int, expert: int, part: str) -> Rows:
+    """Find one matrix of one expert: stored alone (either naming) or inside its layer's fused tensors."""
+    base = f"model.layers.{layer}"
+    mixtral = next(name for name, role in _MIXTRAL_PARTS.items() if role == part)
+    for name in (
+        f"{base}.mlp.experts.{expert}.{part}_proj.weight",
+        f"{base}.block_sparse_moe.experts.{expert}.{mixtral}.weight",
+    ):
+        if name in source.tensors:
+            return Rows(name, 0, source.shape(name)[0])
+    fused = f"{base}.mlp.experts.{'down_proj' if part == 'down' else 'gate_up_proj'}"
+    if fused not in source.tensors:
+        raise CheckpointError(
+            f"expert {expert} of layer {layer} has no {part} matrix; the checkpoint is incomplete"
+        )
+    rows = source.shape(fused)[1]
+    if part == "down":
+        return Rows(fused, expert * rows, rows)
+    return Rows(fused, expert * rows + (rows // 2 if part == "up" else 0), rows // 2)
