@@ -1,0 +1,1 @@
+"""The tiered expert store, the memory planner and the experts backend that transformers calls."""

@@ -1,0 +1,90 @@
+"""Read-only files for expert bytes, past the page cache where the file system can do that."""
+
+import errno
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from gangline.core.errors import CheckpointError, UsageError
+
+IOMode = Literal["auto", "direct", "cached"]
+ALIGN = 4096
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+class ExpertFiles:
+    """Open files of a catalog.
+
+    ``direct`` reads bypass the page cache, so that a byte lies in memory once and the budget is the whole
+    truth; offsets, lengths and addresses must then be multiples of ``align``. ``auto`` takes direct where it
+    works.
+
+    Raises:
+        CheckpointError: a file cannot be opened.
+        UsageError: ``direct`` was asked for and the file system refuses it.
+    """
+
+    def __init__(self, paths: Sequence[Path], mode: IOMode) -> None:
+        self._paths = list(paths)
+        self._fds: list[int] = []
+        self.direct = mode != "cached" and all(_direct_works(path) for path in self._paths)
+        if mode == "direct" and not self.direct:
+            raise UsageError(f"direct reads do not work on the file system of {paths[0]}; use --io cached")
+        for path in self._paths:
+            try:
+                self._fds.append(os.open(path, os.O_RDONLY | (_O_DIRECT if self.direct else 0)))
+            except OSError as error:
+                self.close()
+                raise CheckpointError(f"cannot open {path}: {error.strerror}; restore the file") from error
+
+    @property
+    def align(self) -> int:
+        """Multiple that offsets, lengths and addresses of a read must keep."""
+        return ALIGN if self.direct else 1
+
+    def read(self, file: int, offset: int, view: memoryview, wanted: int) -> None:
+        """Fill ``view`` from ``offset``; the file may end after ``wanted`` bytes.
+
+        Raises:
+            CheckpointError: the file ends too early or cannot be read.
+        """
+        done = 0
+        while done < wanted:
+            try:
+                count = os.preadv(self._fds[file], [view[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"cannot read {self._paths[file]}: {error.strerror}; check the disk"
+                ) from error
+            if count == 0:
+                raise CheckpointError(
+                    f"{self._paths[file]} ends at byte {offset + done}, {wanted - done} bytes short; "
+                    "download or convert it again"
+                )
+            done += count
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+
+def _direct_works(path: Path) -> bool:
+    if not _O_DIRECT or not hasattr(os, "preadv"):
+        return False
+    try:
+        fd = os.open(path, os.O_RDONLY | _O_DIRECT)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise CheckpointError(f"cannot open {path}: {error.strerror}; restore the file") from error
+    try:
+        with mmap.mmap(-1, ALIGN) as page:
+            os.preadv(fd, [page], 0)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True

@@ -1,0 +1,68 @@
+"""Slots: places of one size for one expert each, in one anonymous mapping."""
+
+import mmap
+from collections.abc import Sequence
+from enum import Enum, auto
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gangline.core.errors import BudgetError
+from gangline.core.keys import ExpertKey
+from gangline.core.sizes import format_size
+from gangline.policies.caches import CachePolicy
+
+
+class SlotState(Enum):
+    """What a slot holds: nothing, bytes on their way, or a whole expert."""
+
+    FREE = auto()
+    LOADING = auto()
+    READY = auto()
+
+
+class Slot:
+    """One place for one expert. ``leases`` counts the consumers that forbid eviction."""
+
+    __slots__ = ("error", "key", "leases", "offset", "state", "weights")
+
+    def __init__(self, offset: int) -> None:
+        self.offset = offset
+        self.state = SlotState.FREE
+        self.key: ExpertKey | None = None
+        self.leases = 0
+        self.weights: Any = None
+        self.error: Exception | None = None
+
+
+class SlotPool:
+    """Slots of equal size for the layers whose experts have that size, with their cache policy.
+
+    The mapping takes physical pages only as slots are filled. Huge pages are asked for: streaming through an
+    expert then misses the TLB rarely, and direct reads pin fewer pages.
+
+    Raises:
+        BudgetError: the address space for the slots cannot be mapped.
+    """
+
+    def __init__(self, slot_bytes: int, count: int, policy: CachePolicy) -> None:
+        self.slot_bytes = slot_bytes
+        self.policy = policy
+        self.slots = [Slot(index * slot_bytes) for index in range(count)]
+        self.free = self.slots[::-1]
+        try:
+            self._map = mmap.mmap(-1, slot_bytes * count)
+        except OSError as error:
+            raise BudgetError(
+                f"cannot map {format_size(slot_bytes * count)} for expert slots: {error}"
+            ) from error
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self.view = memoryview(self._map)
+        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def raw(self, slot: Slot, fields: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+        """Return the fields of a slot as uint8 tensors over its bytes."""
+        base = slot.offset
+        return tuple(self._bytes[base + place : base + place + nbytes] for place, nbytes in fields)
