@@ -29,7 +29,9 @@ SCRATCH_BYTES = 1024 * MIB
 RAM_BLOCK_BYTES = 256 * MIB
 
 
-def measure_disk(path: Path, *, size: int = 12 * MIB, depth: int = 2, seconds: float = 1.5) -> float:
+def measure_disk(
+    path: Path, *, size: int = 12 * MIB, depth: int = 2, seconds: float = 1.5, direct: bool = True
+) -> float:
     """Return bytes/s of reads of ``size`` bytes at random places of a file, ``depth`` of them in flight.
 
     The reads go around the page cache (O_DIRECT). On a file system without O_DIRECT the file's pages are
@@ -41,6 +43,7 @@ def measure_disk(path: Path, *, size: int = 12 * MIB, depth: int = 2, seconds: f
         size: bytes of one read, rounded up to 4 KiB; an expert's size gives an expert's bandwidth.
         depth: reads in flight (one thread each).
         seconds: how long to read.
+        direct: around the page cache; else through it, each read's pages dropped again at once.
 
     Raises:
         UsageError: the path does not exist, the file is smaller than one read, or the folder has no room.
@@ -48,8 +51,23 @@ def measure_disk(path: Path, *, size: int = 12 * MIB, depth: int = 2, seconds: f
     if depth < 1:
         raise UsageError(f"queue depth {depth} is not above zero; give for example 2")
     size = -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
-    with _file_to_read(Path(path), size) as file, _opened(file) as fd:
-        return _read_for(fd, _places(file, size), size, depth, seconds)
+    with _file_to_read(Path(path), size) as file, _opened(file, direct) as fd:
+        return _read_for(fd, _places(file, size), size, depth, seconds, direct)
+
+
+@contextmanager
+def scratch_file(folder: Path, nbytes: int = SCRATCH_BYTES) -> Iterator[Path]:
+    """Write a file of random bytes into ``folder``, yield its path, and remove it afterwards.
+
+    Raises:
+        UsageError: the folder has no room.
+    """
+    scratch = folder / f".gangline-bandwidth-{os.getpid()}"
+    try:
+        _write_scratch(scratch, nbytes)
+        yield scratch
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def measure_ram(threads: int, *, seconds: float = 1.0) -> float:
@@ -89,7 +107,7 @@ def _rate(step: Callable[[int], int], threads: int, seconds: float) -> float:
     return sum(done) / (time.perf_counter() - min(began))
 
 
-def _read_for(fd: int, places: Iterator[int], size: int, depth: int, seconds: float) -> float:
+def _read_for(fd: int, places: Iterator[int], size: int, depth: int, seconds: float, direct: bool) -> float:
     # Anonymous maps start on a page, as O_DIRECT wants its buffers; writing makes the pages real beforehand.
     buffers = [mmap.mmap(-1, size) for _ in range(depth)]
     for buffer in buffers:
@@ -99,7 +117,10 @@ def _read_for(fd: int, places: Iterator[int], size: int, depth: int, seconds: fl
     def one_read(thread: int) -> int:
         with lock:
             place = next(places)
-        return os.preadv(fd, [buffers[thread]], place)
+        done = os.preadv(fd, [buffers[thread]], place)
+        if not direct:
+            _drop_pages(fd, place, size)
+        return done
 
     try:
         return _rate(one_read, depth, seconds)
@@ -118,21 +139,26 @@ def _places(file: Path, size: int) -> Iterator[int]:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[int]:
-    direct = getattr(os, "O_DIRECT", 0)
-    try:
-        fd = os.open(file, os.O_RDONLY | direct)
-    except OSError:
-        direct = 0
-        fd = os.open(file, os.O_RDONLY)
-    try:
-        if not direct:
+def _opened(file: Path, direct: bool) -> Iterator[int]:
+    fd = -1
+    if direct:
+        try:
+            fd = os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+        except OSError:
             logger.warning("%s cannot be read around the page cache; its bandwidth may be overstated", file)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    if fd < 0:
+        fd = os.open(file, os.O_RDONLY)
+        _drop_pages(fd, 0, 0)
+    try:
         yield fd
     finally:
         os.close(fd)
+
+
+def _drop_pages(fd: int, start: int, nbytes: int) -> None:
+    """Drop the clean cached pages of a range (0 bytes: to the end of the file), where the system can."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, start, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager
@@ -153,12 +179,8 @@ def _file_to_read(path: Path, size: int) -> Iterator[Path]:
     if _file_bytes(large) >= max(SCRATCH_BYTES, size):
         yield large
         return
-    scratch = path / f".gangline-bandwidth-{os.getpid()}"
-    try:
-        _write_scratch(scratch, max(SCRATCH_BYTES, size))
+    with scratch_file(path, max(SCRATCH_BYTES, size)) as scratch:
         yield scratch
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _file_bytes(path: Path) -> int:
