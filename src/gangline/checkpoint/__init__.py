@@ -1,1 +1,1 @@
-"""Reading checkpoints: where the bytes of every expert lie in safetensors and GGUF files, and the expert pack."""
+"""Checkpoints: where the bytes of every expert lie in safetensors and GGUF files, and the expert pack."""

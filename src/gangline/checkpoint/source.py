@@ -17,8 +17,8 @@ class ExpertSource(Protocol):
 
     Attributes:
         layouts: one layout per MoE layer, exactly as the bytes are delivered.
-        catalog: where every expert lies, if its bytes can be used as the files hold them; ``None`` if any expert has to
-            be converted on the way.
+        catalog: where every expert lies, if its bytes can be used as the files hold them; ``None`` if any
+            expert has to be converted on the way.
         notes: one sentence for each kind of conversion, for the user.
     """
 
