@@ -1,7 +1,7 @@
 """What this machine can do, measured once and kept: the bandwidths and rates from which plans predict speed.
 
-A profile belongs to one CPU and one disk. It is stored under ``GANGLINE_HOME/machine`` and read back only where
-the hardware is still the same.
+A profile belongs to one CPU and one disk. It is stored under ``GANGLINE_HOME/machine`` and read back only
+where the hardware is still the same.
 """
 
 import contextlib
