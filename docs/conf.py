@@ -1,15 +1,16 @@
 """Sphinx configuration. Build with ``sphinx-build -W -b html docs docs/_build``; gangline must be importable."""
 
-import importlib.metadata
 import sys
 from pathlib import Path
+
+from gangline import __version__
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "gangline"
 author = "The gangline maintainers"
 copyright = author  # noqa: A001 - Sphinx asks for this name
-version = release = importlib.metadata.version("gangline")
+version = release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "from_code"]
 exclude_patterns = ["_build", "_generated", "reference/generated"]
@@ -17,7 +18,6 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
-nitpicky = False
 
 html_theme = "furo"
 html_title = f"gangline {release}"
