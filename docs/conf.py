@@ -1,4 +1,4 @@
-"""Sphinx configuration. Build with ``sphinx-build -W -b html docs docs/_build``; gangline must be importable."""
+"""Sphinx configuration: ``sphinx-build -W -b html docs docs/_build``, where gangline is importable."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "gangline"
 author = "The gangline maintainers"
-copyright = author  # noqa: A001 - Sphinx asks for this name
+copyright = author
 version = release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "from_code"]

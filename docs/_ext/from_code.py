@@ -1,4 +1,4 @@
-"""Write the parts of the reference that follow from the code, before Sphinx reads the pages that include them."""
+"""Write the parts of the reference that follow from the code, before Sphinx reads what includes them."""
 
 import subprocess
 import sys
