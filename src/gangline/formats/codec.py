@@ -14,6 +14,10 @@ from gangline.core.errors import FormatError
 
 Shape = tuple[int, int]
 
+# Weights decoded or encoded at a time: few enough that the temporaries stay near the core and the peak memory
+# small, many enough that the cost of launching torch operations does not show.
+CHUNK = 1 << 18
+
 
 class Codec(Protocol):
     """How one matrix of shape ``(out, in)`` lies in bytes. Groups and blocks always run along ``in``.
@@ -81,12 +85,11 @@ def check_raw(name: str, raw: Tensor, shape: Shape, nbytes: int) -> Tensor:
     return raw.contiguous()
 
 
-def check_weight(name: str, weight: Tensor) -> Tensor:
-    """Refuse to encode what is not a floating matrix."""
+def check_weight(name: str, weight: Tensor) -> Shape:
+    """Shape of ``weight``; refuse to encode what is not a floating matrix."""
     if not weight.is_floating_point():
         raise FormatError(f"{name}: only floating weights can be encoded, got {weight.dtype}")
-    check_shape(name, weight.shape)
-    return weight
+    return check_shape(name, weight.shape)
 
 
 def check_rows(name: str, shape: Shape, start: int, stop: int) -> None:

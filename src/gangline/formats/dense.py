@@ -35,8 +35,8 @@ class DenseCodec:
 
     def encode(self, weight: Tensor) -> Tensor:
         """See ``Codec.encode``; rounds to nearest even if ``weight`` is wider."""
-        weight = check_weight(self.name, weight).detach()
-        return weight.to(self.stored).contiguous().view(-1).view(torch.uint8)
+        check_weight(self.name, weight)
+        return weight.detach().to(self.stored).contiguous().view(-1).view(torch.uint8)
 
     def slice_rows(self, raw: Tensor, shape: Shape, start: int, stop: int) -> Tensor:
         """See ``Codec.slice_rows``; always a view."""

@@ -5,11 +5,14 @@ from functools import cache
 from gangline.core.errors import FormatError
 from gangline.formats.codec import Codec
 from gangline.formats.dense import dense_codecs
+from gangline.formats.ggml import ggml_codecs
+from gangline.formats.grouped import grouped_codecs
+from gangline.formats.mx import MXFP4Codec
 
 
 @cache
 def _codecs() -> dict[str, Codec]:
-    codecs: list[Codec] = [*dense_codecs()]
+    codecs: list[Codec] = [*dense_codecs(), *grouped_codecs(), *ggml_codecs(), MXFP4Codec()]
     return {codec.name: codec for codec in codecs}
 
 

@@ -1,0 +1,68 @@
+"""Small unsigned codes as a little-endian bit stream, the packing of the compressed-tensors format.
+
+Element i of a row occupies the bits ``[i*b, i*b+b)`` of the row, least significant first, and every row
+starts on a 32-bit word. Bytes are spread into one code a byte inside wider integers, so that no index tensor
+is ever made.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+# For each width: bytes that hold whole codes, the integer in which they are spread, and the (shift, mask)
+# steps, each of which halves the fields.
+_SPREAD: dict[int, tuple[int, torch.dtype, tuple[tuple[int, int], ...]]] = {
+    1: (1, torch.int64, ((28, 0x0000000F_0000000F), (14, 0x00030003_00030003), (7, 0x01010101_01010101))),
+    2: (1, torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
+    3: (3, torch.int64, ((20, 0x00000FFF_00000FFF), (10, 0x003F003F_003F003F), (5, 0x07070707_07070707))),
+    4: (1, torch.int16, ((4, 0x0F0F),)),
+}
+
+
+def row_bytes(columns: int, bits: int) -> int:
+    """Bytes of one packed row: whole 32-bit words."""
+    return -(-columns * bits // 32) * 4
+
+
+def unpack(packed_OB: Tensor, columns: int, bits: int) -> Tensor:
+    """Codes ``(rows, columns)`` uint8 from packed rows (uint8) as ``pack`` makes them."""
+    if bits == 8:
+        return packed_OB[:, :columns]
+    unit, wide, steps = _SPREAD[bits]
+    if unit == 1:
+        word = packed_OB.to(wide)
+    else:
+        rows, width = packed_OB.shape
+        parts = pad(packed_OB, (0, -width % unit)).view(rows, -1, unit).to(wide)
+        word = parts[..., 0] | (parts[..., 1] << 8) | (parts[..., 2] << 16)
+    for shift, mask in steps:
+        word = word.bitwise_or_(word << shift).bitwise_and_(mask)
+    return word.view(torch.uint8)[:, :columns]
+
+
+def pack(codes_OI: Tensor, bits: int) -> Tensor:
+    """Packed rows ``(rows, row_bytes)`` uint8 of codes in ``[0, 2^bits)`` (uint8); spare bits are zero."""
+    rows, columns = codes_OI.shape
+    width = row_bytes(columns, bits)
+    if bits == 8:
+        return pad(codes_OI, (0, width - columns))
+    unit, wide, steps = _SPREAD[bits]
+    units = -(-width // unit)
+    codes_OI = pad(codes_OI, (0, units * wide.itemsize - columns)).contiguous()
+    word = codes_OI.view(wide)
+    masks = [(1 << 8 * unit) - 1, *(mask for _, mask in steps[:-1])]
+    for (shift, _), mask in zip(reversed(steps), reversed(masks), strict=True):
+        word = word.bitwise_or(word >> shift).bitwise_and_(mask)
+    return word.contiguous().view(torch.uint8).view(rows, units, -1)[..., :unit].reshape(rows, -1)[:, :width]
+
+
+def planes(packed_NB: Tensor, run: int, bits: int) -> Tensor:
+    """Codes ``(N, B * 8 / bits)`` uint8 in ggml's order, from contiguous bytes ``(N, B)``.
+
+    Within every ``run`` bytes (a multiple of 8) come first the lowest ``bits`` of each byte, then the next
+    lowest of each, and so on.
+    """
+    word = packed_NB.view(torch.int64).view(len(packed_NB), -1, run // 8)
+    mask = 0x01010101_01010101 * (2**bits - 1)
+    parts = [(word >> shift).bitwise_and_(mask) for shift in range(0, 8, bits)]
+    return torch.stack(parts, dim=2).view(len(packed_NB), -1).view(torch.uint8)
