@@ -1,0 +1,1 @@
+"""Reproducible measurements: model shapes with random weights, routing replay, results with one schema."""
