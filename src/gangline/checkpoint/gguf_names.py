@@ -1,7 +1,8 @@
 """What llama.cpp calls the tensors of a MoE model, and what transformers calls them.
 
 ``blk.3.attn_q.weight`` is ``model.layers.3.self_attn.q_proj.weight``. The tables hold the part after the
-layer number. Facts from the ``gguf`` package (``constants.py``, ``tensor_mapping.py``) and from llama.cpp's model files.
+layer number. Facts from the ``gguf`` package (``constants.py``, ``tensor_mapping.py``) and from the model
+files of llama.cpp.
 
 Legend: D hidden, E experts, F intermediate.
 """

@@ -3,7 +3,6 @@
 Legend: D hidden, E experts, F intermediate.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gangline.checkpoint.gguf_names import FAMILIES, Family
+from gangline.checkpoint.safetensors_index import SafetensorsIndex, read_into
 from gangline.core.errors import CheckpointError, UnsupportedModelError
 
 ARCHITECTURES = {"olmoe": "olmoe", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "mixtral": "llama"}
@@ -22,16 +22,6 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MATRIX_TYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32", "q8_0": "Q8_0", "q4_0": "Q4_0"}
 _BLOCK = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18)}
 _MIXTRAL_PARTS = {"w1": "gate", "w3": "up", "w2": "down"}
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """One tensor of a safetensors file."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
 
 
 @dataclass(frozen=True)
@@ -69,64 +59,37 @@ class OutTensor:
 
 
 class SafetensorsRows:
-    """Reads runs of rows from a folder of safetensors files with plain reads: no mapping, nothing kept."""
+    """Reads runs of rows from a folder of safetensors files with plain reads: no mapping, nothing kept.
+
+    Raises:
+        CheckpointError: the files are missing or broken.
+        UnsupportedModelError: a tensor is stored in a dtype that GGUF has no place for.
+    """
 
     def __init__(self, folder: Path) -> None:
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(
-                f"{folder} holds no .safetensors file; convert the checkpoint to safetensors first"
-            )
-        self.tensors: dict[str, _Stored] = {}
-        for file in files:
-            self.tensors.update(_read_index(file))
+        self.index = SafetensorsIndex.from_folder(folder)
+        for entry in self.index:
+            if entry.dtype not in _DTYPES:
+                raise UnsupportedModelError(
+                    f"{entry.name} in {folder} is {entry.dtype}; GGUF is written from F32, F16 or BF16"
+                )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.index.tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a stored tensor."""
-        return self.tensors[name].shape
+        return self.index.tensors[name].shape
 
     def read(self, rows: Rows) -> Tensor:
         """Return the rows as a ``(count, columns)`` tensor in the stored dtype."""
-        stored = self.tensors[rows.tensor]
-        columns = stored.shape[-1]
-        width = columns * stored.dtype.itemsize
-        buffer = bytearray(rows.count * width)
-        with stored.file.open("rb", buffering=0) as file:
-            file.seek(stored.offset + rows.start * width)
-            view, done = memoryview(buffer), 0
-            while done < len(buffer):
-                got = file.readinto(view[done:])
-                if not got:
-                    raise CheckpointError(f"{stored.file} ends inside {rows.tensor}; download the file again")
-                done += got
-        return torch.frombuffer(buffer, dtype=stored.dtype).view(rows.count, columns)
-
-
-def _read_index(file: Path) -> dict[str, _Stored]:
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if length > size - 8:
-            raise CheckpointError(
-                f"{file} is truncated: its header does not fit in the file; download it again"
-            )
-        try:
-            header: dict[str, Any] = json.loads(handle.read(length))
-        except ValueError as error:
-            raise CheckpointError(f"{file} has a corrupt header ({error}); download it again") from error
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in _DTYPES:
-            raise UnsupportedModelError(
-                f"{name} in {file} is {entry['dtype']}; GGUF is written from F32, F16 or BF16"
-            )
-        start, end = entry["data_offsets"]
-        if 8 + length + end > size:
-            raise CheckpointError(f"{file} is truncated: {name} lies beyond its end; download it again")
-        tensors[name] = _Stored(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + start)
-    return tensors
+        entry = self.index.entry(rows.tensor)
+        dtype, path = _DTYPES[entry.dtype], self.index.files[entry.file]
+        width = entry.shape[-1] * dtype.itemsize
+        buffer = torch.empty(rows.count * width, dtype=torch.uint8)
+        with path.open("rb", buffering=0) as stream:
+            read_into(stream, entry.offset + rows.start * width, buffer, path)
+        return buffer.view(dtype).view(rows.count, entry.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -171,7 +134,7 @@ def _place(name: str) -> tuple[int, str]:
 
 def _dense_tensors(family: Family, source: SafetensorsRows, config: Any, type: str) -> Iterator[OutTensor]:
     heads = {"attn_q.weight": config.num_attention_heads, "attn_k.weight": config.num_key_value_heads}
-    for stored in source.tensors:
+    for stored in source.index.tensors:
         if ".experts." in stored or stored.endswith("rotary_emb.inv_freq"):
             continue
         name = family.gguf_name(stored.replace(".block_sparse_moe.", ".mlp."))
@@ -223,10 +186,10 @@ def _expert_rows(source: SafetensorsRows, layer: int, expert: int, part: str) ->
         f"{base}.mlp.experts.{expert}.{part}_proj.weight",
         f"{base}.block_sparse_moe.experts.{expert}.{mixtral}.weight",
     ):
-        if name in source.tensors:
+        if name in source:
             return Rows(name, 0, source.shape(name)[0])
     fused = f"{base}.mlp.experts.{'down_proj' if part == 'down' else 'gate_up_proj'}"
-    if fused not in source.tensors:
+    if fused not in source:
         raise CheckpointError(
             f"expert {expert} of layer {layer} has no {part} matrix; the checkpoint is incomplete"
         )
