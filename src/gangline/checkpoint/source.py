@@ -46,6 +46,23 @@ class ExpertSource(Protocol):
 
 
 @dataclass(frozen=True)
+class ModuleField:
+    """Where a module keeps one matrix of every expert.
+
+    Attributes:
+        name: ``gate_up``, ``gate``, ``up`` or ``down``.
+        parameter: path below the experts module; ``{expert}`` stands for the id where experts are modules.
+        shape: rows and columns of one expert's matrix as stored.
+        transposed: whether these are ``(in, out)``.
+    """
+
+    name: str
+    parameter: str
+    shape: tuple[int, int]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class ExpertsModule:
     """One experts module of a model, described without the module.
 
@@ -57,6 +74,8 @@ class ExpertsModule:
         transposed: whether each slice is stored as ``(in, out)``.
         has_gate: whether the first parameter holds gate and up.
         interleaved: whether its rows alternate between gate and up.
+        matrices: the fields, where ``params`` and the flags do not say all (flat parameters, experts that are
+            modules of their own, fields stored differently); empty otherwise.
     """
 
     prefix: str
@@ -65,3 +84,16 @@ class ExpertsModule:
     transposed: bool
     has_gate: bool
     interleaved: bool
+    matrices: tuple[ModuleField, ...] = ()
+
+    @property
+    def fields(self) -> tuple[ModuleField, ...]:
+        """The matrices of one expert in slot order."""
+        if self.matrices:
+            return self.matrices
+        first = ["gate_up"] if self.has_gate else ["up"]
+        names = [*(first if len(self.params) == 2 else ["gate", "up"]), "down"]
+        return tuple(
+            ModuleField(name, parameter, (shape[-2], shape[-1]), self.transposed)
+            for name, (parameter, shape) in zip(names, self.params.items(), strict=True)
+        )
