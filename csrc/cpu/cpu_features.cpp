@@ -25,7 +25,7 @@
 namespace gangline {
 namespace {
 
-constexpr bool bit(std::uint64_t word, int index) { return ((word >> index) & 1U) != 0; }
+[[maybe_unused]] constexpr bool bit(std::uint64_t word, int index) { return ((word >> index) & 1U) != 0; }
 
 #if defined(GANGLINE_X86)
 
