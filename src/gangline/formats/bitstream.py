@@ -53,7 +53,8 @@ def pack(codes_OI: Tensor, bits: int) -> Tensor:
     masks = [(1 << 8 * unit) - 1, *(mask for _, mask in steps[:-1])]
     for (shift, _), mask in zip(reversed(steps), reversed(masks), strict=True):
         word = word.bitwise_or(word >> shift).bitwise_and_(mask)
-    return word.contiguous().view(torch.uint8).view(rows, units, -1)[..., :unit].reshape(rows, -1)[:, :width]
+    packed_OB = word.contiguous().view(torch.uint8).view(rows, units, -1)[..., :unit].reshape(rows, -1)
+    return packed_OB[:, :width].contiguous()
 
 
 def planes(packed_NB: Tensor, run: int, bits: int) -> Tensor:

@@ -99,7 +99,7 @@ class GroupedCodec:
     def _quantize(self, w_OI: Tensor) -> tuple[Tensor, Tensor]:
         rows, columns = w_OI.shape
         groups = self._groups(columns)
-        w_NL = pad(w_OI, (0, groups * self.group - columns)).view(-1, self.group)
+        w_NL = pad(w_OI, (0, groups * self.group - columns)).reshape(-1, self.group)
         try:
             scale_N = search_scale(w_NL, self.width)
         except FormatError as error:

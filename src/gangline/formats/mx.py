@@ -4,7 +4,8 @@ Source: OCP Microscaling Formats (MX) specification, version 1.0.
 
 ``mxfp4`` lays end to end what the safetensors of gpt-oss hold for one expert: ``*_blocks``
 ``(out, in/32, 16)``, where byte j has element 2j in its low and element 2j+1 in its high nibble, then
-``*_scales`` ``(out, in/32)``. The ggml type of the same name orders the nibbles otherwise (``ggml_blocks.py``).
+``*_scales`` ``(out, in/32)``. The ggml type of the same name orders the nibbles otherwise
+(``ggml_blocks.py``).
 """
 
 from dataclasses import dataclass
