@@ -54,6 +54,11 @@ class GGUFExpertSource:
     slices: tuple[tuple[tuple[_Slice, ...], ...], ...]
     dtype: torch.dtype
 
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """Number of experts of each layer."""
+        return tuple(len(layer) for layer in self.slices)
+
     def read_layer(self, layer: int) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
         """Yield the experts of one layer, one at a time."""
         for expert, fields in enumerate(self.slices[layer]):

@@ -41,6 +41,7 @@ class SafetensorsSource:
         self._layers = tuple(layers)
         self._where = where
         self.layouts = tuple(ExpertLayout(tuple(field.spec for field in layer.fields)) for layer in layers)
+        self.experts = tuple(layer.experts for layer in layers)
         self.catalog = self._catalog()
         self.notes = self._notes()
 

@@ -17,6 +17,7 @@ class ExpertSource(Protocol):
 
     Attributes:
         layouts: one layout per MoE layer, exactly as the bytes are delivered.
+        experts: number of experts E of each layer.
         catalog: where every expert lies, if its bytes can be used as the files hold them; ``None`` if any
             expert has to be converted on the way.
         notes: one sentence for each kind of conversion, for the user.
@@ -25,6 +26,11 @@ class ExpertSource(Protocol):
     @property
     def layouts(self) -> tuple[ExpertLayout, ...]:
         """One layout per MoE layer, in execution order."""
+        ...
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """Number of experts of each layer."""
         ...
 
     @property
