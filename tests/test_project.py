@@ -86,6 +86,27 @@ def test_constraints_pin_every_direct_dependency():
         assert requirement.specifier.contains(version), f"{requirement} does not allow the pinned {version}"
 
 
+def test_imports_are_declared():
+    """What the package imports is a dependency or in an extra, and every dependency is imported."""
+    imported = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported.update(alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").partition(".")[0])
+    distributions = importlib.metadata.packages_distributions()
+    used = {
+        canonicalize_name(distributions.get(module, [module])[0])
+        for module in imported - sys.stdlib_module_names - {"gangline"}
+    }
+    required = {canonicalize_name(Requirement(item).name) for item in project()["dependencies"]}
+    extras = chain.from_iterable(project()["optional-dependencies"].values())
+    optional = {canonicalize_name(Requirement(item).name) for item in extras}
+    assert used - required - optional == set()
+    assert required - used == set()
+
+
 def test_constraints_cover_what_dev_installs():
     """Everything reachable from ``gangline[dev]`` that is installed here is pinned."""
     pins, seen = pinned(), set()
