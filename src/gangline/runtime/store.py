@@ -127,11 +127,16 @@ class ExpertStore:
 
     # Slots: the lock is held in all of these.
 
-    def _take_slot(self, key: ExpertKey) -> Slot | None:
+    def _take_slot(self, key: ExpertKey, *, must: bool = False) -> Slot | None:
+        """Return a free slot, or the victim's. ``must``: take any evictable one where the policy would wait.
+        """
         pool = self._pools[key.layer]
         if pool.free:
             return pool.free.pop()
         victim = pool.policy.victim(key.layer, self._evictable)
+        if victim is None and must:
+            residents = (k for k in self._table if self._pools[k.layer] is pool and self._evictable(k))
+            victim = next(residents, None)
         if victim is None:
             return None
         self._drop(victim, self._table[victim])
@@ -278,7 +283,9 @@ class EventLease:
         while self._missing:
             key = ExpertKey(self._layer, self._missing[0])
             if key not in store._table:  # another event may have brought it meanwhile
-                slot = store._take_slot(key)
+                # With nothing on its way this event could wait for ever, so it may then evict against the
+                # policy.
+                slot = store._take_slot(key, must=not self._waiting)
                 if slot is None:
                     return
                 store._start_read(key, slot, Priority.DEMAND)

@@ -1,0 +1,133 @@
+"""The store: order, accounting, errors."""
+
+import os
+import threading
+
+import pytest
+from store_rig import FIELD_BYTES, make_catalog, make_store
+
+from gangline.core.errors import CheckpointError, PackError, StoreError
+from gangline.core.events import RoutingEvent
+from gangline.core.keys import ExpertKey
+from gangline.core.tiers import Priority, Tier
+
+
+def event(step, layer, ids, phase="decode"):
+    return RoutingEvent(step, layer, phase, 1, tuple(ids), (1,) * len(ids))
+
+
+def run(store, *args, **kwargs):
+    with store.lease(event(*args, **kwargs)) as lease:
+        return [expert for expert, _ in lease]
+
+
+def test_hits_come_first_and_are_counted(tmp_path):
+    store = make_store(make_catalog(tmp_path, 2, 6), slots=8, top_k=2)
+    assert sorted(run(store, 1, 0, [1, 4])) == [1, 4]
+    assert run(store, 2, 0, [0, 4])[0] == 4
+    assert (store.stats.hits, store.stats.misses) == (1, 3)
+    assert store.stats.total_bytes_read == 3 * sum(FIELD_BYTES)
+    assert store.stats.hit_rate == pytest.approx(0.25)
+    assert store.residency()[ExpertKey(0, 4)] is Tier.HOST
+    store.close()
+
+
+def test_residency_does_not_refresh_recency(tmp_path):
+    store = make_store(make_catalog(tmp_path, 1, 6), slots=4, top_k=1)
+    for step, expert in enumerate([0, 1, 2, 3]):
+        run(store, step, 0, [expert])
+    for _ in range(3):
+        store.residency()
+    run(store, 9, 0, [5])
+    assert ExpertKey(0, 0) not in store.residency()
+    store.close()
+
+
+def test_capacity_for_everything_reads_each_expert_once(tmp_path):
+    layers, experts = 3, 5
+    store = make_store(make_catalog(tmp_path, layers, experts), slots=layers * experts, top_k=2)
+    for step in range(10):
+        for layer in range(layers):
+            run(store, step, layer, [step % experts, (step + 2) % experts])
+    assert store.stats.total_bytes_read == layers * experts * sum(FIELD_BYTES)
+    assert store.stats.evictions == 0
+    store.close()
+
+
+def test_demand_overtakes_prefetch(tmp_path):
+    """A demand read is served before prefetches that were queued earlier."""
+    catalog = make_catalog(tmp_path, 1, 6)
+    store = make_store(catalog, slots=6, top_k=2, threads=1)
+    order, gate, started = [], threading.Event(), threading.Event()
+    read = store._files.read
+
+    def slow_read(file, offset, view, wanted):
+        started.set()
+        gate.wait(10)
+        order.append(offset)
+        read(file, offset, view, wanted)
+
+    store._files.read = slow_read
+    for expert in range(4):
+        store.request(ExpertKey(0, expert), Priority.PREFETCH)
+    assert started.wait(10)
+    lease = store.lease(event(1, 0, [5]))
+    gate.set()
+    assert [expert for expert, _ in lease] == [5]
+    store.wait_idle()
+    demand = {c.offset for c in store._plan(ExpertKey(0, 5)).chunks}
+    behind = order[1:]  # the single thread already holds one chunk of the first prefetch
+    assert set(behind[: len(demand)]) == demand
+    store.close()
+
+
+def test_wrong_checksum_names_layer_and_expert(tmp_path):
+    catalog = make_catalog(tmp_path, 2, 3)
+    extent = catalog.extents[ExpertKey(1, 2)][1]
+    with catalog.files[0].open("r+b") as file:
+        file.seek(extent.offset + 17)
+        byte = file.read(1)
+        file.seek(extent.offset + 17)
+        file.write(bytes([byte[0] ^ 1]))
+    store = make_store(catalog, slots=6, top_k=2)
+    with pytest.raises(PackError, match="layer 1 expert 2"):
+        run(store, 1, 1, [2])
+    assert sorted(run(store, 2, 1, [0, 1])) == [0, 1], "other experts still work"
+    assert ExpertKey(1, 2) not in store.residency()
+    store.close()
+
+
+def test_truncated_file_is_named(tmp_path):
+    catalog = make_catalog(tmp_path, 1, 4)
+    os.truncate(catalog.files[0], catalog.extents[ExpertKey(0, 3)][1].offset + 10)
+    store = make_store(catalog, slots=4, top_k=2)
+    with pytest.raises(CheckpointError, match="bytes short"):
+        run(store, 1, 0, [3])
+    assert run(store, 2, 0, [0]) == [0]
+    store.close()
+
+
+def test_closed_store_refuses(tmp_path):
+    store = make_store(make_catalog(tmp_path, 1, 4), slots=4, top_k=2)
+    store.close()
+    with pytest.raises(StoreError, match="closed"):
+        store.lease(event(1, 0, [0]))
+
+
+def test_cancel_frees_the_slot(tmp_path):
+    store = make_store(make_catalog(tmp_path, 1, 6), slots=6, top_k=2, threads=1)
+    gate, read = threading.Event(), store._files.read
+
+    def slow_read(*args):
+        gate.wait(10)
+        read(*args)
+
+    store._files.read = slow_read
+    store.request(ExpertKey(0, 0))
+    store.request(ExpertKey(0, 1))
+    assert store.cancel(ExpertKey(0, 1))
+    assert not store.cancel(ExpertKey(0, 1))
+    gate.set()
+    store.wait_idle()
+    assert set(store.residency()) == {ExpertKey(0, 0)}
+    store.close()
