@@ -68,6 +68,17 @@ def test_search_halves_the_loss_at_two_bits_and_helps_at_four(bits: int, seed: i
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("kind", ["normal", "heavy"])
+def test_a_grid_twice_as_fine_gains_less_than_one_percent(bits: int, kind: str, seed: int) -> None:
+    w_NL = torch.cat([groups(kind, seed + i, 1.0) for i in range(25)])
+    coarse = loss(w_NL, search_scale(w_NL, bits), bits).sum()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clip, "GRID", 100)
+        fine = loss(w_NL, search_scale(w_NL, bits), bits).sum()
+    assert fine <= coarse < 1.01 * fine
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_weights_on_a_grid_come_back_unchanged(bits: int, seed: int) -> None:
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     codes_NL = torch.randint(low, high + 1, (64, 32)).float()
