@@ -24,7 +24,9 @@ def native() -> ModuleType | None:
     try:
         return import_module(_EXTENSION)
     except ImportError as error:
-        _log.warning("the native CPU core is installed but does not load (%s); using the torch reference", error)
+        _log.warning(
+            "the native CPU core is installed but does not load (%s); using the torch reference", error
+        )
         return None
 
 

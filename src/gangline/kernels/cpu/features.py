@@ -35,7 +35,9 @@ _ARM64 = {
 }
 
 
-def features_from_system(cpuinfo: Path = Path("/proc/cpuinfo"), machine: str | None = None) -> dict[str, bool]:
+def features_from_system(
+    cpuinfo: Path = Path("/proc/cpuinfo"), machine: str | None = None
+) -> dict[str, bool]:
     """Return feature name -> bool as the operating system reports it.
 
     The Linux kernel drops a flag whose registers it does not save, so the flag alone is enough. Where there is no
