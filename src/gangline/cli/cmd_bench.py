@@ -1,0 +1,89 @@
+"""``gangline bench``: speed and memory under a budget, beside what bandwidth allows."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gangline.cli.options import LoadOptions, option
+from gangline.cli.output import Output
+from gangline.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from gangline.evaluation.speed_report import SpeedReport, Spread
+
+
+def bench(
+    out: Output,
+    load: LoadOptions,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="As for run; or give --shape.", show_default=False),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        option(
+            "--shape", help="Random weights in the sizes of NAME or NAME:LAYERS, for example olmoe-1b-7b:4."
+        ),
+    ] = None,
+    prompt_tokens: Annotated[int, option("--prompt-tokens", help="Tokens of each prompt.", min=1)] = 128,
+    new_tokens: Annotated[int, option("--new-tokens", help="Tokens decoded after it.", min=2)] = 32,
+    repetitions: Annotated[int, option("--repetitions", "-r", help="Timed runs.", min=1)] = 5,
+) -> None:
+    """Time prompt reading and decoding; print peak memory, hit rates and the share of the bandwidth bound."""
+    if (model is None) == (shape is None):
+        raise UsageError("give either MODEL or --shape NAME")
+    from gangline.cli.loading import find, load_arguments
+    from gangline.evaluation.speed import SpeedSettings, bench_model
+
+    settings = SpeedSettings(
+        prompt_tokens=prompt_tokens, new_tokens=new_tokens, repetitions=repetitions, seed=load.seed
+    )
+    checkpoint = find(model or _make(out, str(shape), load), load.revision)
+    report = bench_model(
+        checkpoint,
+        settings,
+        memory=load.memory,
+        ctx_size=load.ctx_size,
+        progress=out.note,
+        **load_arguments(load),
+    )
+    out.data(report.to_dict())
+    _show(out, report)
+
+
+def _make(out: Output, shape: str, load: LoadOptions) -> str:
+    """Write the random checkpoint of a shape, unless it is there, and return its folder."""
+    import torch
+
+    from gangline.benchmarks.shapes import make_shape
+    from gangline.cli.progress import byte_bar
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[load.dtype or "bf16"]
+    with byte_bar(shape) as progress:
+        return str(make_shape(shape, dtype=dtype, progress=progress))
+
+
+def _show(out: Output, report: "SpeedReport") -> None:
+    from rich.table import Table
+
+    from gangline.core.sizes import format_size
+
+    bound = report.bound
+    budget = "" if report.memory is None else f" of {format_size(report.memory)}"
+    peak = "unknown" if report.peak_resident_bytes is None else format_size(report.peak_resident_bytes)
+    table = Table(title=report.banner, title_justify="left", box=None, show_header=False)
+    table.add_row("decode", f"{_rate(report.decode)}, {bound.share:.0%} of what the {bound.limit} allows")
+    table.add_row("prefill", _rate(report.prefill))
+    table.add_row("peak resident", peak + budget)
+    for tier, rate in report.hit_rate.items():
+        table.add_row(f"hit rate, {tier}", "-" if rate is None else f"{rate:.3f}")
+    table.add_row("read per token", format_size(report.miss_bytes_per_token))
+    table.add_row(
+        "bandwidth",
+        f"disk {bound.disk_bandwidth / 1e9:.2f} GB/s, memory {bound.memory_bandwidth / 1e9:.1f} GB/s",
+    )
+    out.show(table)
+
+
+def _rate(spread: "Spread") -> str:
+    return f"{spread.median:.2f} tokens/s ({spread.low:.2f} to {spread.high:.2f}, {spread.n} runs)"

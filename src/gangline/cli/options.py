@@ -1,0 +1,104 @@
+"""The options that several commands share, each defined once.
+
+A command takes a dataclass of this file as a parameter; :mod:`gangline.cli.command` turns its fields into
+flags. Every flag ``--some-flag`` can also be given as the variable ``GANGLINE_SOME_FLAG`` or as
+``some-flag:`` in the file of ``--config``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import typer
+
+from gangline.cli.config import read_config
+from gangline.cli.state import set_debug
+
+Precision = Literal["stored", "int8", "int4"]
+Dtype = Literal["bf16", "fp16", "fp32"]
+InputOutput = Literal["auto", "direct", "cached"]
+
+
+def variable(flag: str) -> str:
+    """Return the environment variable of a long flag: ``--ctx-size`` -> ``GANGLINE_CTX_SIZE``."""
+    return "GANGLINE_" + flag.removeprefix("--").replace("-", "_").upper()
+
+
+def option(*flags: str, help: str, callback: Callable[..., Any] | None = None, **more: Any) -> Any:
+    """Return a typer option whose variable follows from its long flag (the first of ``flags``)."""
+    return typer.Option(
+        *flags, envvar=variable(flags[0]), help=help, callback=callback, show_envvar=False, **more
+    )
+
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder, a .gguf file, a hub id, REPO:FILE.gguf, or 'demo'.",
+        show_default=False,
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOptions:
+    """What decides where each byte goes."""
+
+    memory: Annotated[
+        str | None,
+        option(
+            "--memory", help="Peak resident memory of this process, for example 6GiB. (Default: no limit.)"
+        ),
+    ] = None
+    precision: Annotated[
+        Precision,
+        option("--precision", help="Experts as stored (exact), or rounded to int8 or int4 (approximate)."),
+    ] = "stored"
+    ctx_size: Annotated[
+        int | None,
+        option("--ctx-size", "-c", help="Tokens of prompt and answer together.", min=1),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions(BudgetOptions):
+    """What decides how a model is loaded and run."""
+
+    threads: Annotated[
+        int | None, option("--threads", "-t", help="CPU threads. (Default: physical cores.)", min=1)
+    ] = None
+    dtype: Annotated[
+        Dtype | None, option("--dtype", help="Type of activations and dense weights. (Default: as stored.)")
+    ] = None
+    revision: Annotated[str | None, option("--revision", help="Branch, tag or commit of a hub model.")] = None
+    seed: Annotated[int, option("--seed", help="Seed of every random choice.")] = 0
+    io: Annotated[
+        InputOutput,
+        option("--io", help="Read experts around the page cache, through it, or as measured best."),
+    ] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """What every command takes."""
+
+    json: Annotated[
+        bool, option("--json", help="Print data as JSON on stdout, everything else on stderr.")
+    ] = False
+    config: Annotated[
+        str | None,
+        option(
+            "--config",
+            metavar="FILE",
+            help="YAML file, keys spelled as the long flags.",
+            callback=read_config,
+            is_eager=True,
+        ),
+    ] = None
+    show_config: Annotated[
+        bool, option("--show-config", help="Print every setting with its source, and stop.")
+    ] = False
+    debug: Annotated[
+        bool, option("--debug", help="Log everything; show the traceback of an error.", callback=set_debug)
+    ] = False

@@ -1,0 +1,73 @@
+"""The plain transformers model and tokenizer of a checkpoint: what ours is compared with."""
+
+from typing import Any
+
+import torch
+
+from gangline.checkpoint.locate import LocalCheckpoint
+from gangline.core.errors import CheckpointError
+from gangline.core.sizes import format_size
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
+# Loading copies: the files' pages, the tensors, and a layer's experts being stacked (seen: 1.45 times the
+# weights).
+_ROOM = 1.5
+
+
+def load_tokenizer(checkpoint: LocalCheckpoint) -> Any | None:
+    """Return the tokenizer of a checkpoint, or None if it has none (random-weight checkpoints).
+
+    Raises:
+        CheckpointError: it has one that transformers cannot read.
+    """
+    from transformers import AutoTokenizer
+
+    source = {} if checkpoint.gguf is None else {"gguf_file": checkpoint.gguf.name}
+    if not source and not any((checkpoint.folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder, **source)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{checkpoint.name}: transformers cannot read its tokenizer ({reason}); "
+            "put a tokenizer.json beside the weights"
+        ) from error
+
+
+def load_plain(checkpoint: LocalCheckpoint, kind: Any, dtype: torch.dtype) -> Any:
+    """Return the model as transformers itself loads it, wholly in memory.
+
+    Args:
+        checkpoint: its files.
+        kind: model class, for example that of our own loaded model.
+        dtype: of all weights.
+    """
+    source = {} if checkpoint.gguf is None else {"gguf_file": checkpoint.gguf.name}
+    return kind.from_pretrained(checkpoint.folder, dtype=dtype, **source).eval()
+
+
+def no_room_for_plain(kind: Any, config: Any, dtype: torch.dtype) -> str | None:
+    """Return why the plain model cannot be loaded beside this process, or None if it can.
+
+    Args:
+        kind: model class.
+        config: its configuration.
+        dtype: of all weights.
+    """
+    import psutil
+
+    with torch.device("meta"):
+        parameters = kind._from_config(config).num_parameters()
+    needed = int(parameters * dtype.itemsize * _ROOM)
+    available = psutil.virtual_memory().available
+    if needed <= available:
+        return None
+    return f"needs {format_size(needed)} of memory, {format_size(available)} available"

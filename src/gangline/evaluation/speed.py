@@ -1,0 +1,191 @@
+"""``bench``: how fast a model runs under its budget, and how much of what bandwidth allows that is.
+
+Batch 1. Every repetition has a fresh prompt. A model with a tokenizer reads text and samples from its own
+probabilities (greedy text soon repeats itself, and with it the routing); one without, such as a random-weight
+checkpoint, is fed random token ids.
+"""
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from gangline.checkpoint.locate import LocalCheckpoint
+from gangline.core.errors import UsageError
+from gangline.core.sizes import parse_size
+from gangline.evaluation.generation import fixed_length
+from gangline.evaluation.plain import load_tokenizer
+from gangline.evaluation.prompts import prompt_ids
+from gangline.evaluation.speed_report import Bound, SpeedReport, Spread
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class SpeedSettings:
+    """How long to measure.
+
+    Attributes:
+        prompt_tokens: tokens of each prompt.
+        new_tokens: tokens decoded after it, at least 2.
+        repetitions: timed runs.
+        warmup: runs before them that are not counted.
+        seed: of prompts and sampling.
+    """
+
+    prompt_tokens: int = 128
+    new_tokens: int = 32
+    repetitions: int = 5
+    warmup: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.prompt_tokens < 1 or self.new_tokens < 2 or self.repetitions < 1 or self.warmup < 0:
+            raise UsageError(
+                f"cannot time {self.repetitions} runs of {self.prompt_tokens} + {self.new_tokens} tokens; "
+                "give at least 1 run, 1 prompt token and 2 new tokens"
+            )
+
+
+@dataclass(frozen=True)
+class _Sample:
+    prefill_seconds: float
+    decode_seconds: float
+    hits: int
+    misses: int
+    bytes_read: int
+
+
+class _Clock:
+    """A streamer that notes when each token is out, and the counters at the first one (batch 1)."""
+
+    def __init__(self, counters: Callable[[], Any]) -> None:
+        self._counters = counters
+        self.times: list[float] = []
+        self.at_first: Any = None
+
+    def put(self, value: Tensor) -> None:
+        """Called with the prompt, then with each token."""
+        if len(self.times) == 1:
+            self.at_first = self._counters()
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Called after the last token."""
+
+
+class _RandomTokens(LogitsProcessor):
+    """Makes the next token a random one, whatever the model says."""
+
+    def __init__(self, vocabulary: int, seed: int) -> None:
+        self._vocabulary = vocabulary
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        token = int(torch.randint(0, self._vocabulary, (1,), generator=self._generator))
+        forced[:, token] = 0.0
+        return forced
+
+
+def bench_model(
+    checkpoint: LocalCheckpoint,
+    settings: SpeedSettings | None = None,
+    *,
+    memory: str | int | None = None,
+    progress: Progress | None = None,
+    **loading: Any,
+) -> SpeedReport:
+    """Load a model within ``memory`` and time it.
+
+    Args:
+        checkpoint: its files.
+        settings: how long to measure.
+        memory: budget of this process, as for :func:`gangline.load`.
+        progress: called with the name of each step as it begins.
+        loading: passed on to :func:`gangline.runtime.load.load_model` (``precision``, ``dtype``, ``threads``,
+            ``io``, ``ctx_size``).
+
+    Raises:
+        GanglineError: the model cannot be loaded within the budget.
+    """
+    from gangline.runtime.load import load_model
+
+    settings = settings or SpeedSettings()
+    say = progress or logger.info
+    tokenizer = load_tokenizer(checkpoint)
+    budget = parse_size(memory) if memory is not None else None
+    say("loading")
+    model = load_model(checkpoint.gguf or checkpoint.folder, memory=memory, **loading)
+    try:
+        runtime = model.gangline
+        say("bandwidth of disk and memory")
+        before = _bandwidths(runtime)
+        samples = []
+        for run in range(settings.warmup + settings.repetitions):
+            say(f"run {run + 1} of {settings.warmup + settings.repetitions}")
+            samples.append(_one_run(model, tokenizer, settings, settings.seed + run))
+        samples = samples[settings.warmup :]
+        peak = peak_resident_bytes()
+        after = _bandwidths(runtime)
+        bandwidths = tuple((a + b) / 2 for a, b in zip(before, after, strict=True))
+        return _report(checkpoint, model, settings, samples, bandwidths, (budget, peak, tokenizer is not None))
+    finally:
+        model.gangline.close()
+
+
+def peak_resident_bytes() -> int | None:
+    """Return the largest resident memory this process has had, or None where the system does not say."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    for line in status.read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _one_run(model: Any, tokenizer: Any | None, settings: SpeedSettings, seed: int) -> _Sample:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids_1P = prompt_ids(tokenizer, vocabulary, 1, settings.prompt_tokens, seed)
+    clock = _Clock(model.gangline.stats)
+    forced = LogitsProcessorList([] if tokenizer is not None else [_RandomTokens(vocabulary, seed)])
+    torch.manual_seed(seed)
+    with fixed_length(model, settings.new_tokens, sample=tokenizer is not None), torch.inference_mode():
+        model.generate(
+            ids_1P, attention_mask=torch.ones_like(ids_1P), streamer=clock, logits_processor=forced
+        )
+    end, first = model.gangline.stats(), clock.at_first
+    return _Sample(
+        prefill_seconds=clock.times[1] - clock.times[0],
+        decode_seconds=clock.times[-1] - clock.times[1],
+        hits=end.host_hits - first.host_hits,
+        misses=end.host_misses - first.host_misses,
+        bytes_read=end.bytes_read - first.bytes_read,
+    )
+
+
+def _bandwidths(file: Path, size: int, depth: int, threads: int) -> tuple[float, float]:
+    """Return bytes/s of disk and memory, measured in another process so that this one's peak memory stays its own."""
+    code = (
+        "import json, pathlib, sys\n"
+        "from gangline.runtime.bandwidth import measure_disk, measure_ram\n"
+        "file, size, depth, threads = json.loads(sys.argv[1])\n"
+        "disk = measure_disk(pathlib.Path(file), size=size, depth=depth, seconds=0.7)\n"
+        "print(json.dumps([disk, measure_ram(threads, seconds=0.7)]))\n"
+    )
+    request = json.dumps([str(file), size, depth, threads])
+    done = subprocess.run([sys.executable, "-c", code, request], capture_output=True, text=True, check=True)
+    disk, ram = json.loads(done.stdout)
+    return disk, ram
