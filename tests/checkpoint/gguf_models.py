@@ -256,7 +256,8 @@ def _common_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_expert_count(config.num_experts)
+    experts = "num_local_experts" if config.model_type == "gpt_oss" else "n_routed_experts"
+    writer.add_expert_count(getattr(config, experts))
     writer.add_expert_used_count(config.num_experts_per_tok)
     writer.add_tokenizer_model("none")
     writer.add_bos_token_id(config.bos_token_id)

@@ -157,7 +157,7 @@ class _Cursor:
         """Read a count and refuse one whose items cannot fit in the rest of the file."""
         number = int(self.number("Q"))
         if number > limit or number * smallest > self.size - self.at:
-            raise self.broken(f"claims {number} {what}")
+            raise self.broken(f"is truncated or corrupt: it cannot hold {number} {what}")
         return number
 
     def name(self, what: str) -> str:
