@@ -1,0 +1,228 @@
+"""A 13.8 GB mixture of experts in 6 GiB: gangline, transformers with disk offload, and llama.cpp with mmap.
+
+    python benchmarks/offload_vs_peers.py --model FOLDER --rounds 3 \
+        --out benchmarks/results/offload_vs_peers.json
+
+Makes the random checkpoint of the OLMoE-1B-7B shape and its GGUF if they are missing, then runs the sides in
+turns: each in a fresh process, in a control group limited to the same memory, with the page cache emptied before
+and the disk's bandwidth measured around it. All sides read the same token ids: a prompt, then tokens fed one by
+one. Needs Linux and root, and: pip install "gangline[gguf]" accelerate llama-cpp-python
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gangline.benchmarks.confine import Confined, drop_page_cache, read_ahead, run_confined
+from gangline.benchmarks.result import Row, compare, write_result
+from gangline.benchmarks.roofline import Beside, beside_disk
+from gangline.core.sizes import format_size, parse_size
+
+SIDES = ("ours", "llamacpp", "transformers")
+PEER_NAMES = {"llamacpp": "llama.cpp mmap", "transformers": "transformers disk offload"}
+SPEC = "olmoe-1b-7b"
+EXPERT_BYTES = 3 * 1024 * 2048 * 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one side that came to its end."""
+
+    seen: Confined
+    disk: Beside
+    load_seconds: float
+    prefill: dict[str, dict[str, float]]
+    decode: list[dict[str, float]]
+
+    @property
+    def decode_speed(self) -> float:
+        """Tokens/s over all decoded tokens."""
+        return len(self.decode) / sum(step["seconds"] for step in self.decode)
+
+    @property
+    def decode_bytes(self) -> float:
+        """Bytes from the disk per token."""
+        return statistics.fmean(step["bytes"] for step in self.decode)
+
+    @property
+    def decode_share(self) -> float:
+        """Share of the disk's bandwidth that decoding used."""
+        return self.disk.share(self.decode_bytes, 1 / self.decode_speed)
+
+    def prefill_speed(self, length: str) -> float:
+        """Tokens/s of the prompt of that length."""
+        return int(length) / self.prefill[length]["seconds"]
+
+    def prefill_share(self, length: str) -> float:
+        """Share of the disk's bandwidth that the prompt used."""
+        return self.disk.share(self.prefill[length]["bytes"], self.prefill[length]["seconds"])
+
+
+def run_side(side: str, args: argparse.Namespace) -> Run | None:
+    """Run one side once, say how it went, and return None if it ended without a result."""
+    job = {
+        "side": side,
+        "model": str(args.model),
+        "gguf": str(args.gguf),
+        "memory": args.memory,
+        "offload_cpu": args.offload_cpu,
+        "offload_folder": str(args.offload_folder),
+        "prompts": args.prompts,
+        "decode": args.decode_slow if side == "transformers" else args.decode,
+        "context": max(args.prompts) + args.decode,
+        "seed": args.seed,
+        "vocab": json.loads((args.model / "config.json").read_text())["vocab_size"],
+        "threads": args.threads,
+    }
+    command = [sys.executable, str(Path(__file__).with_name("sides.py")), json.dumps(job)]
+    env = {"OMP_NUM_THREADS": str(args.threads)}
+    drop_page_cache()
+    with read_ahead(args.model, args.read_ahead if side == "llamacpp" else None):
+        seen, disk = beside_disk(
+            max(args.model.glob("*.safetensors"), key=lambda path: path.stat().st_size),
+            EXPERT_BYTES,
+            lambda: run_confined(command, memory=args.limit, env=env, timeout=args.timeout),
+        )
+    if seen.report is None:
+        print(f"{side}: ended with {seen.returncode} before a result\n{seen.stderr_tail}", flush=True)
+        return None
+    report = seen.report
+    run = Run(seen, disk, report["load_seconds"], report["prefill"], report["decode"])
+    print(describe(side, run), flush=True)
+    if report["stats"]:
+        print(f"  {report['stats']}", flush=True)
+    return run
+
+
+def describe(side: str, run: Run) -> str:
+    """One line for people."""
+    prefill = ", ".join(
+        f"{length} tokens {run.prefill_speed(length):.1f}/s ({run.prefill_share(length):.0%})"
+        for length in run.prefill
+    )
+    return (
+        f"{side}: decode {run.decode_speed:.2f} tokens/s, {format_size(run.decode_bytes)} a token, "
+        f"{run.decode_share:.0%} of the disk ({run.disk.mean / 1e9:.2f} GB/s); prefill {prefill}; "
+        f"peak {format_size(run.seen.peak_resident_bytes)} "
+        f"(group {format_size(run.seen.peak_group_bytes or 0)}); load {run.load_seconds:.0f} s"
+    )
+
+
+def rows_of(runs: dict[str, list[Run]], name: str) -> list[Row]:
+    """Compare ours with each peer; a side alone if nothing else ran."""
+    ours = runs.get("ours", [])
+    peers = {side: theirs for side, theirs in runs.items() if side != "ours" and theirs}
+    if not peers:
+        return compare_sides(ours, None, [], name)
+    return [row for side, theirs in peers.items() for row in compare_sides(ours, side, theirs, name)]
+
+
+def compare_sides(ours: list[Run], side: str | None, theirs: list[Run], name: str) -> list[Row]:
+    """Return every row of ours beside one peer."""
+
+    def row(
+        what: str, metric: str, value: Callable[[Run], float], higher: bool, shares: Sequence[float] = ()
+    ) -> Row:
+        return compare(
+            f"{name}, {what}",
+            metric,
+            [value(run) for run in ours],
+            PEER_NAMES[side] if side else None,
+            [value(run) for run in theirs],
+            higher_is_better=higher,
+            bound_shares=shares,
+        )
+
+    rows = [
+        row("decode", "tokens/s", lambda run: run.decode_speed, True, [run.decode_share for run in ours]),
+        row("decode", "bytes read per token", lambda run: run.decode_bytes, False),
+        row("whole life", "peak resident bytes", lambda run: run.seen.peak_resident_bytes, False),
+        row("load", "seconds", lambda run: run.load_seconds, False),
+    ]
+    for length in (ours or theirs)[0].prefill:
+        shares = [run.prefill_share(length) for run in ours]
+        rows.append(
+            row(f"prefill {length}", "tokens/s", lambda run, n=length: run.prefill_speed(n), True, shares)
+        )
+    return rows
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Make the checkpoint and the GGUF if they are missing."""
+    from gangline.benchmarks.shapes import make_shape
+    from gangline.checkpoint.gguf_writer import write_gguf
+
+    if not args.model.is_dir():
+        make_shape(SPEC, args.model, progress=lambda done, total: print(f"{done / total:.0%} written"))
+    if "llamacpp" in args.sides and not args.gguf.exists():
+        print(f"writing {args.gguf}")
+        write_gguf(args.model, args.gguf)
+    args.offload_folder.mkdir(parents=True, exist_ok=True)
+
+
+def main() -> None:
+    """Run all rounds and write the result."""
+    args = parse_args()
+    prepare(args)
+    runs: dict[str, list[Run]] = {side: [] for side in args.sides}
+    for number in range(args.rounds):
+        print(f"round {number + 1} of {args.rounds}", flush=True)
+        for side in args.sides:
+            run = run_side(side, args)
+            if run is not None:
+                runs[side].append(run)
+    if not any(runs.values()):
+        sys.exit("no side came to a result")
+    rows = rows_of(runs, f"{SPEC} bf16, {format_size(args.memory)}")
+    disks = [run.disk.mean for done in runs.values() for run in done]
+    if args.out is not None:
+        machine = {
+            "disk_bytes_per_s": statistics.median(disks),
+            "disk_read_bytes": EXPERT_BYTES,
+            "peer_read_ahead_kib": args.read_ahead,
+        }
+        command = (
+            f"python benchmarks/offload_vs_peers.py --model FOLDER --rounds {args.rounds} "
+            f"--decode {args.decode} --read-ahead {args.read_ahead} --out {args.out}"
+        )
+        print(write_result(args.out.stem, rows, command, folder=args.out.parent, machine=machine))
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="folder of the checkpoint; made if missing")
+    add("--gguf", type=Path, help="its bf16 GGUF; made if missing (default: beside the folder)")
+    add("--only", dest="sides", action="append", choices=SIDES, help="run this side only (repeatable)")
+    add("--memory", type=parse_size, default=parse_size("6GiB"), help="our budget")
+    add("--limit", type=parse_size, help="limit of the control group of every side (default: --memory)")
+    add("--rounds", type=int, default=1)
+    add("--prompts", type=int, nargs="+", default=[64, 512], help="prompt lengths in tokens")
+    add("--decode", type=int, default=16, help="tokens decoded after each prompt")
+    add("--decode-slow", type=int, default=2, help="the same for transformers' disk offload")
+    add("--read-ahead", type=int, default=128, help="KiB of read-ahead for llama.cpp")
+    add("--offload-cpu", default="4GB", help="max_memory of the CPU for transformers")
+    add("--offload-folder", type=Path, help="where transformers puts offloaded weights")
+    add("--threads", type=int, default=2)
+    add("--seed", type=int, default=0)
+    add("--timeout", type=float, default=1800, help="seconds for one run")
+    add("--out", type=Path, help="result file, for example benchmarks/results/offload_vs_peers.json")
+    args = parser.parse_args()
+    args.sides = args.sides or list(SIDES)
+    args.limit = args.limit or args.memory
+    args.gguf = args.gguf or args.model.with_name(f"{args.model.name}-bf16.gguf")
+    args.offload_folder = args.offload_folder or args.model.with_name(f"{args.model.name}-offload")
+    return args
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level="WARNING")
+    main()

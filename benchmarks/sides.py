@@ -1,0 +1,135 @@
+"""What runs inside the limited process of a comparison: one side loads a model, reads prompts and decodes.
+
+Called by the benchmark scripts as ``python benchmarks/sides.py JOB``; by hand it prints its report.
+"""
+
+import json
+import sys
+import time
+from typing import Any, Protocol
+
+import numpy as np
+
+from gangline.benchmarks.confine import leave_report, storage_bytes_read
+
+
+class Engine(Protocol):
+    """One side: feeds token ids to a model and keeps its KV cache."""
+
+    def reset(self) -> None:
+        """Forget the text so far."""
+
+    def feed(self, ids: list[int]) -> None:
+        """Compute the logits after the last of ``ids``."""
+
+    def stats(self) -> dict[str, Any]:
+        """Return whatever the side counts itself."""
+
+
+class TransformersEngine:
+    """A transformers model, plain or ours."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.reset()
+
+    def reset(self) -> None:
+        """Start an empty KV cache."""
+        from transformers import DynamicCache
+
+        self.cache = DynamicCache(config=self.model.config)
+
+    def feed(self, ids: list[int]) -> None:
+        """One forward pass."""
+        import torch
+
+        with torch.inference_mode():
+            self.model(torch.tensor([ids]), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+
+    def stats(self) -> dict[str, Any]:
+        """Our counters; nothing for plain transformers."""
+        runtime = getattr(self.model, "gangline", None)
+        return dict(runtime.stats()) if runtime is not None else {}
+
+
+class LlamaCppEngine:
+    """llama.cpp through its Python binding, weights mapped."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        from llama_cpp import Llama
+
+        self.llama = Llama(
+            job["gguf"],
+            n_ctx=job["context"],
+            n_batch=512,
+            n_ubatch=512,
+            n_threads=job["threads"],
+            n_threads_batch=job["threads"],
+            use_mmap=True,
+            logits_all=False,
+            verbose=False,
+        )
+
+    def reset(self) -> None:
+        """Forget the text so far."""
+        self.llama.reset()
+
+    def feed(self, ids: list[int]) -> None:
+        """One or more batches; logits of the last token alone."""
+        self.llama.eval(ids)
+
+    def stats(self) -> dict[str, Any]:
+        """Return nothing: it keeps no such counters."""
+        return {}
+
+
+def open_engine(job: dict[str, Any]) -> Engine:
+    """Load the model of one side."""
+    if job["side"] == "llamacpp":
+        return LlamaCppEngine(job)
+    import torch
+
+    torch.set_num_threads(job["threads"])
+    if job["side"] == "ours":
+        import gangline
+
+        model = gangline.load(job["model"], memory=job["memory"], ctx_size=job["context"])
+        return TransformersEngine(model)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        job["model"],
+        dtype=torch.bfloat16,
+        device_map="auto",
+        max_memory={"cpu": job["offload_cpu"]},
+        offload_folder=job["offload_folder"],
+    )
+    return TransformersEngine(model)
+
+
+def timed_feed(engine: Engine, ids: list[int]) -> dict[str, float]:
+    """Feed ids and return the seconds and the bytes that the disk delivered."""
+    before, start = storage_bytes_read(), time.perf_counter()
+    engine.feed(ids)
+    return {"seconds": time.perf_counter() - start, "bytes": storage_bytes_read() - before}
+
+
+def work(job: dict[str, Any]) -> None:
+    """Load, then for each prompt length: prefill and decode. Leaves a report after every prompt."""
+    rng = np.random.default_rng(job["seed"])
+    start = time.perf_counter()
+    engine = open_engine(job)
+    report: dict[str, Any] = {"load_seconds": time.perf_counter() - start, "prefill": {}, "decode": []}
+    for length in job["prompts"]:
+        prompt = rng.integers(job["vocab"], size=length).tolist()
+        following = rng.integers(job["vocab"], size=job["decode"]).tolist()
+        engine.reset()
+        report["prefill"][length] = timed_feed(engine, prompt)
+        for token in following:
+            report["decode"].append(timed_feed(engine, [token]))
+        report["stats"] = engine.stats()
+        leave_report(report)
+
+
+if __name__ == "__main__":
+    work(json.loads(sys.argv[1]))

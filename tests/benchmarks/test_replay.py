@@ -1,0 +1,152 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gangline.benchmarks.random_checkpoint import meta_model
+from gangline.benchmarks.replay import RoutingTrace, load_trace, replay, synthetic_trace
+from gangline.benchmarks.shapes import shape_config
+from gangline.core.errors import UsageError
+from gangline.core.geometry import LayerGeometry, MoEGeometry
+from gangline.models import find_moe
+
+
+def geometry(experts=16, top_k=4, layers=3):
+    return MoEGeometry((LayerGeometry(experts, top_k, 8, 8),) * layers)
+
+
+def model_of(spec):
+    model = meta_model(shape_config(spec)).to_empty(device="cpu").float().eval()
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.uniform_(-0.1, 0.1)
+    return model
+
+
+@pytest.fixture
+def seen_by(monkeypatch):
+    """Return a function that makes a model note what its experts receive."""
+
+    def watch(model):
+        seen = {}
+        for block in find_moe(model).blocks:
+
+            def hook(_module, args, layer=block.layer):
+                seen.setdefault(layer, []).append((args[1].clone(), args[2].clone()))
+
+            block.experts.register_forward_pre_hook(hook)
+        return seen
+
+    return watch
+
+
+@pytest.mark.parametrize("spec", ["tiny-olmoe", "tiny-qwen3-moe", "tiny-mixtral", "tiny-deepseek-v2"])
+def test_experts_get_the_trace_in_order_and_from_the_start_again(spec, seen_by):
+    model = model_of(spec)
+    blocks = find_moe(model).blocks
+    trace = synthetic_trace(find_moe(model).geometry, 7, seed=int(torch.randint(1000, ())))
+    with torch.no_grad(), replay(blocks, trace):
+        seen = seen_by(model)
+        model(torch.randint(512, (1, 5)))
+        model(torch.randint(512, (1, 1)))
+        model(torch.randint(512, (2, 2)))
+    for layer in range(len(blocks)):
+        got = torch.cat([ids for ids, _ in seen[layer]]).numpy()
+        np.testing.assert_array_equal(got, trace.ids_NLK[[0, 1, 2, 3, 4, 5, 6, 0, 1, 2], layer])
+
+
+def test_routing_is_the_models_own_again_afterwards():
+    model = model_of("tiny-olmoe")
+    ids = torch.randint(512, (1, 6))
+    trace = synthetic_trace(find_moe(model).geometry, 8)
+    with torch.no_grad():
+        before = model(ids).logits
+        with replay(find_moe(model).blocks, trace):
+            during = model(ids).logits
+        after = model(ids).logits
+    assert not torch.equal(before, during)
+    assert torch.equal(before, after)
+
+
+def test_a_trace_of_the_models_own_routing_changes_nothing(tmp_path, seen_by):
+    model = model_of("tiny-olmoe")
+    seen = seen_by(model)
+    ids = torch.randint(512, (1, 9))
+    with torch.no_grad():
+        before = model(ids).logits
+    ids_NLK = torch.stack([seen[layer][0][0] for layer in sorted(seen)], dim=1).int().numpy()
+    weights_NLK = torch.stack([seen[layer][0][1] for layer in sorted(seen)], dim=1).numpy()
+    RoutingTrace(ids_NLK, "recorded", "a test", weights_NLK).save(tmp_path / "t.npz")
+    trace = load_trace(tmp_path / "t.npz")
+    assert (trace.kind, trace.about) == ("recorded", "a test")
+    with torch.no_grad(), replay(find_moe(model).blocks, trace):
+        assert torch.equal(model(ids).logits, before)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 40), st.integers(1, 200), st.floats(0, 2), st.floats(0, 1), st.data())
+def test_synthetic_tokens_use_distinct_valid_experts(experts, tokens, zipf, repeat, data):
+    top_k = data.draw(st.integers(1, experts))
+    trace = synthetic_trace(geometry(experts, top_k, 2), tokens, zipf=zipf, repeat=repeat)
+    assert trace.ids_NLK.shape == (tokens, 2, top_k)
+    assert trace.kind == "synthetic"
+    ordered = np.sort(trace.ids_NLK, axis=-1)
+    assert (np.diff(ordered, axis=-1) > 0).all()
+    assert ordered.min() >= 0
+    assert ordered.max() < experts
+
+
+def repeated_share(trace):
+    now, before = trace.ids_NLK[1:], trace.ids_NLK[:-1]
+    return (now[..., None] == before[..., None, :]).any(-1).mean()
+
+
+def test_locality_is_the_stated_one():
+    def trace(zipf, repeat):
+        return synthetic_trace(
+            geometry(64, 8), 3000, zipf=zipf, repeat=repeat, seed=int(torch.randint(1000, ()))
+        )
+
+    # Uniform: 8 of 64 are repeated by chance; kept ones add to it.
+    assert repeated_share(trace(0, 0)) == pytest.approx(8 / 64, abs=0.01)
+    assert 0.5 <= repeated_share(trace(0, 0.5)) <= 0.5 + 0.5 * 8 / 56 + 0.01
+    assert repeated_share(trace(0, 1)) == 1
+    counts = np.sort(np.bincount(trace(1, 0).ids_NLK[:, 0].ravel(), minlength=64))[::-1]
+    assert counts[:16].sum() / counts.sum() > 0.5
+    flat = np.sort(np.bincount(trace(0, 0).ids_NLK[:, 0].ravel(), minlength=64))[::-1]
+    assert flat[:16].sum() / flat.sum() < 0.3
+
+
+def test_traces_that_do_not_fit_are_refused():
+    model = model_of("tiny-olmoe")
+    blocks = find_moe(model).blocks
+    for trace, says in [
+        (synthetic_trace(geometry(64, 8, 3), 4), "layers"),
+        (synthetic_trace(geometry(64, 4, 4), 4), "per token"),
+        (synthetic_trace(geometry(640, 8, 4), 40), "uses expert"),
+    ]:
+        with pytest.raises(UsageError, match=says), replay(blocks, trace):
+            pass
+
+
+def test_bad_files_are_one_clear_error(tmp_path):
+    path = tmp_path / "t.npz"
+    with pytest.raises(UsageError, match="not a routing trace"):
+        load_trace(path)
+    path.write_bytes(b"PK\x03\x04 broken")
+    with pytest.raises(UsageError, match="not a routing trace"):
+        load_trace(path)
+    good = {"ids": np.zeros((3, 2, 1), np.int32), "kind": "recorded", "about": "x"}
+    for change, says in [
+        ({"ids": np.zeros((3, 2), np.int32)}, "ids must"),
+        ({"ids": np.zeros((3, 2, 1))}, "ids must"),
+        ({"kind": "guessed"}, "kind"),
+        ({"weights": np.zeros((3, 2, 2))}, "weights"),
+        ({"ids": np.array([[["a"]]], dtype=object)}, "not a routing trace"),
+    ]:
+        np.savez(path, **(good | change))
+        with pytest.raises(UsageError, match=says):
+            load_trace(path)
+    with pytest.raises(UsageError, match="repeat"):
+        synthetic_trace(geometry(), 4, repeat=1.5)
