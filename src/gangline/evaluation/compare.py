@@ -10,8 +10,8 @@ import torch
 
 from gangline.evaluation.generation import Generation
 
-# Largest accepted difference of a logit, as a share of the largest absolute logit of the reference. The type's
-# own rounding (2**-8 for bf16, 2**-11 for fp16, 2**-24 for fp32) adds up over the layers, hence the margins.
+# Largest accepted difference of a logit, as a share of the largest absolute logit of the reference. The
+# type's own rounding (2**-8 for bf16, 2**-11 for fp16, 2**-24 for fp32) adds up over the layers, hence more.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.08}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 # What the model's own generation settings must keep for generate() to work at all.
-_KEPT = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
+_KEPT = ("bos_token_id", "pad_token_id", "decoder_start_token_id", "prefill_chunk_size")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def fixed_length(model: Any, new_tokens: int, *, sample: bool = False) -> Iterat
     kept = {name: getattr(before, name, None) for name in _KEPT}
     if kept["pad_token_id"] is None:
         kept["pad_token_id"] = 0
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(
         do_sample=sample,
         top_k=0 if sample else None,
         max_new_tokens=new_tokens,

@@ -5,10 +5,7 @@ probabilities (greedy text soon repeats itself, and with it the routing); one wi
 checkpoint, is fed random token ids.
 """
 
-import json
 import logging
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,10 +19,11 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from gangline.checkpoint.locate import LocalCheckpoint
 from gangline.core.errors import UsageError
 from gangline.core.sizes import parse_size
+from gangline.evaluation.bound import bandwidths, decode_bound
 from gangline.evaluation.generation import fixed_length
 from gangline.evaluation.plain import load_tokenizer
 from gangline.evaluation.prompts import prompt_ids
-from gangline.evaluation.speed_report import Bound, SpeedReport, Spread
+from gangline.evaluation.speed_report import SpeedReport, Spread
 
 logger = logging.getLogger(__name__)
 
@@ -125,22 +123,39 @@ def bench_model(
     settings = settings or SpeedSettings()
     say = progress or logger.info
     tokenizer = load_tokenizer(checkpoint)
-    budget = parse_size(memory) if memory is not None else None
     say("loading")
     model = load_model(checkpoint.gguf or checkpoint.folder, memory=memory, **loading)
     try:
         runtime = model.gangline
         say("bandwidth of disk and memory")
-        before = _bandwidths(runtime)
+        before = bandwidths(runtime)
+        runs = settings.warmup + settings.repetitions
         samples = []
-        for run in range(settings.warmup + settings.repetitions):
-            say(f"run {run + 1} of {settings.warmup + settings.repetitions}")
+        for run in range(runs):
+            say(f"run {run + 1} of {runs}")
             samples.append(_one_run(model, tokenizer, settings, settings.seed + run))
-        samples = samples[settings.warmup :]
         peak = peak_resident_bytes()
-        after = _bandwidths(runtime)
-        bandwidths = tuple((a + b) / 2 for a, b in zip(before, after, strict=True))
-        return _report(checkpoint, model, settings, samples, bandwidths, (budget, peak, tokenizer is not None))
+        after = bandwidths(runtime)
+        samples = samples[settings.warmup :]
+        tokens = settings.new_tokens - 1
+        decode = Spread.of([tokens / sample.decode_seconds for sample in samples])
+        hits, misses = sum(item.hits for item in samples), sum(item.misses for item in samples)
+        read = sum(item.bytes_read for item in samples) / (tokens * len(samples))
+        return SpeedReport(
+            model=checkpoint.name,
+            banner=runtime.banner(),
+            prompt_tokens=settings.prompt_tokens,
+            new_tokens=settings.new_tokens,
+            text="random" if tokenizer is None else "text",
+            prefill=Spread.of([settings.prompt_tokens / sample.prefill_seconds for sample in samples]),
+            decode=decode,
+            first_token_seconds=Spread.of([sample.prefill_seconds for sample in samples]),
+            memory=parse_size(memory) if memory is not None else None,
+            peak_resident_bytes=peak,
+            hit_rate={"host": hits / (hits + misses) if hits + misses else None},
+            miss_bytes_per_token=read,
+            bound=decode_bound(model, read, decode.median, (before, after)),
+        )
     finally:
         model.gangline.close()
 
@@ -174,18 +189,3 @@ def _one_run(model: Any, tokenizer: Any | None, settings: SpeedSettings, seed: i
         misses=end.host_misses - first.host_misses,
         bytes_read=end.bytes_read - first.bytes_read,
     )
-
-
-def _bandwidths(file: Path, size: int, depth: int, threads: int) -> tuple[float, float]:
-    """Return bytes/s of disk and memory, measured in another process so that this one's peak memory stays its own."""
-    code = (
-        "import json, pathlib, sys\n"
-        "from gangline.runtime.bandwidth import measure_disk, measure_ram\n"
-        "file, size, depth, threads = json.loads(sys.argv[1])\n"
-        "disk = measure_disk(pathlib.Path(file), size=size, depth=depth, seconds=0.7)\n"
-        "print(json.dumps([disk, measure_ram(threads, seconds=0.7)]))\n"
-    )
-    request = json.dumps([str(file), size, depth, threads])
-    done = subprocess.run([sys.executable, "-c", code, request], capture_output=True, text=True, check=True)
-    disk, ram = json.loads(done.stdout)
-    return disk, ram

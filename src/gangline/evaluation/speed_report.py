@@ -56,7 +56,7 @@ class SpeedReport:
         banner: precision, dtype and share of experts in memory, in words.
         prompt_tokens: length of each prompt.
         new_tokens: tokens decoded after it.
-        text: ``"text"`` if prompts and continuations are the model's own words, ``"random"`` if token ids were
+        text: ``"text"`` if prompts are text and continuations sampled, ``"random"`` if all token ids were
             drawn at random (models without a tokenizer).
         prefill: tokens/s of reading the prompt.
         decode: tokens/s of the continuation.
