@@ -1,4 +1,4 @@
-"""Tiny random MoE models for the GGUF tests, files written from them with the gguf package alone, and the way back.
+"""Tiny random MoE models for the GGUF tests, files written from them by the gguf package, and the way back.
 
 The names of tensors come from the gguf package's own table, so that they check ours.
 """
@@ -153,7 +153,7 @@ def experts_modules(model: PreTrainedModel) -> list[ExpertsModule]:
 
 
 def expert_matrices(model: PreTrainedModel, prefix: str) -> dict[str, Tensor]:
-    """Return ``gate``, ``up`` (E, F, D) and ``down`` (E, D, F) of one experts module, whatever its own layout."""
+    """Return ``gate``, ``up`` (E, F, D) and ``down`` (E, D, F) of one module, whatever its layout."""
     module = model.get_submodule(prefix)
     gate_up, down = module.gate_up_proj.detach(), module.down_proj.detach()
     if module.is_transposed:
@@ -183,7 +183,8 @@ def rebuild(checkpoint: GGUFCheckpoint, dtype: torch.dtype = torch.float32) -> P
             specs = source.layouts[layer].fields
             assert [spec.nbytes for spec in specs] == [field.numel() for field in fields]
             gate, up, down = (
-                get_codec(spec.codec).decode(raw, spec.shape, dtype) for spec, raw in zip(specs, fields, strict=True)
+                get_codec(spec.codec).decode(raw, spec.shape, dtype)
+                for spec, raw in zip(specs, fields, strict=True)
             )
             gate_up = torch.cat([gate, up])
             if described.interleaved:

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint.gguf_models import experts_modules, tiny_model, write_foreign
 from gguf import GGUFWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoint.gguf_models import experts_modules, tiny_model, write_foreign
 from gangline.checkpoint.gguf import GGUFCheckpoint
 from gangline.checkpoint.gguf_header import Strings, read_header
 from gangline.core.errors import CheckpointError, GanglineError, UnsupportedModelError
@@ -105,7 +105,9 @@ def test_missing_gguf_package_names_the_extra(tmp_path: Path, monkeypatch: pytes
 def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(_write(path).read_bytes().replace(b"olmoe", b"bloom"))
-    with pytest.raises(UnsupportedModelError, match=r"'bloom'; supported are deepseek2, gpt-oss, llama, olmoe"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"'bloom'; supported are deepseek2, gpt-oss, llama, olmoe"
+    ):
         GGUFCheckpoint.open(path)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from checkpoint.gguf_models import (
     CONFIGS,
     WRITABLE,
@@ -12,7 +13,6 @@ from checkpoint.gguf_models import (
     rebuild,
     tiny_model,
 )
-
 from gangline.checkpoint.gguf import GGUFCheckpoint
 from gangline.checkpoint.gguf_writer import write_gguf
 from gangline.core.errors import CheckpointError, UnsupportedModelError
@@ -20,7 +20,7 @@ from gangline.core.keys import ExpertKey
 from gangline.formats import get_codec
 
 _NOT_IN_A_FILE = {"architectures", "dtype"}
-# Largest rounding of a weight, as a share of the largest weight of its block of 32 (half a step), with fp16 scales.
+# Largest rounding of a weight as a share of the largest weight in its block of 32; scales are fp16.
 _HALF_STEP = {"q8_0": 0.5 / 127 + 1e-3, "q4_0": 1 / 8 + 1e-3}
 
 
@@ -82,7 +82,9 @@ def test_catalog_points_at_the_bytes_that_read_layer_gives(tmp_path: Path, seed:
         for expert, fields in source.read_layer(layer):
             extents = source.catalog.extents[ExpertKey(layer, expert)]
             for extent, raw in zip(extents, fields, strict=True):
-                assert data[extent.file][extent.offset : extent.offset + extent.nbytes] == raw.numpy().tobytes()
+                assert (
+                    data[extent.file][extent.offset : extent.offset + extent.nbytes] == raw.numpy().tobytes()
+                )
     assert len(source.catalog.extents) == 16
 
 
@@ -95,7 +97,10 @@ def test_shards_and_fused_experts_give_the_same_file(tmp_path: Path, seed: int) 
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     (tmp_path / "fused").mkdir()
     model.config.save_pretrained(tmp_path / "fused")
-    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, tmp_path / "fused" / "model.safetensors")
+    save_file(
+        {name: t.contiguous() for name, t in model.state_dict().items()},
+        tmp_path / "fused" / "model.safetensors",
+    )
     files = []
     for kind in ("one", "shards", "fused"):
         folder = (tmp_path / kind).rename(tmp_path / "model")  # the file carries the name of the folder

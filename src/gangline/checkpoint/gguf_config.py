@@ -94,7 +94,7 @@ class Metadata:
         return value
 
     def _wrong(self, key: str, value: object) -> CheckpointError:
-        what = "lacks" if value is None else f"has an impossible value ({str(value)[:40]}) for"
+        what = "lacks" if value is None else f"has an impossible value ({repr(value)[:40]}) for"
         return CheckpointError(f"{self.path}: the file {what} {self.arch}.{key}; convert the model again")
 
 

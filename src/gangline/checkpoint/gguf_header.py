@@ -166,8 +166,8 @@ class _Cursor:
             text = self.data[self.take(length) : self.at].decode("utf-8")
         except UnicodeDecodeError as error:
             raise self.broken(f"has a {what} that is no text") from error
-        if not text:
-            raise self.broken(f"has an empty {what}")
+        if not text.isprintable() or not text:
+            raise self.broken(f"has a {what} that is no text")
         return text
 
     def value(self, kind: int, key: str) -> Value:
