@@ -121,8 +121,7 @@ def read_ahead(path: Path, kib: int | None) -> Iterator[None]:
     if kib is None:
         yield
         return
-    device = path.stat().st_dev
-    setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    setting = _read_ahead_setting(path)
     try:
         before = setting.read_text()
         setting.write_text(f"{kib}\n")
@@ -134,6 +133,11 @@ def read_ahead(path: Path, kib: int | None) -> Iterator[None]:
         yield
     finally:
         setting.write_text(before)
+
+
+def _read_ahead_setting(path: Path) -> Path:
+    device = path.stat().st_dev
+    return Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
 
 
 def _watch(process: subprocess.Popen[bytes], deadline: float | None) -> int:
