@@ -1,1 +1,3 @@
-"""``y = experts(x)`` on the bytes as they lie: a torch reference now, native kernels behind the same protocol."""
+"""``y = experts(x)`` on the bytes as they lie: a torch reference now, native kernels behind the same
+protocol.
+"""

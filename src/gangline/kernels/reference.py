@@ -1,6 +1,7 @@
 """The torch reference kernel: what one expert computes, on weights in any codec.
 
-Shape suffixes: N rows routed to one expert, D hidden, F intermediate, G columns of the gate/up product (2F or F).
+Shape suffixes: N rows routed to one expert, D hidden, F intermediate, G columns of the gate/up product (2F or
+F).
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from gangline.core.layout import ExpertLayout, FieldSpec
-from gangline.formats import get_codec
+from gangline.formats import DenseCodec, get_codec
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class ExpertMath:
 
 
 class Matrix:
-    """One weight matrix where it lies. Dense bytes of the wanted dtype become a view; packed ones stay packed."""
+    """One weight matrix where it lies. Dense bytes of the wanted dtype become a view; packed ones stay
+    packed.
+    """
 
     __slots__ = ("_dense", "_raw", "_spec")
 
@@ -42,8 +45,7 @@ class Matrix:
         self._spec = spec
         self._raw = raw
         codec = get_codec(spec.codec)
-        dense_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(codec.name)
-        self._dense = None if dense_dtype is None else codec.decode(raw, spec.shape, dense_dtype)
+        self._dense = codec.decode(raw, spec.shape, codec.stored) if isinstance(codec, DenseCodec) else None
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """Return the matrix as ``(out, in)`` in ``dtype``; a view if that is how it is stored."""
@@ -60,8 +62,8 @@ ExpertWeights = tuple[Matrix, ...]
 class ReferenceKernel:
     """Computes one expert at a time with torch; the yardstick of every other kernel.
 
-    Rows of one expert are always computed in one product in token order, so that the result does not depend on
-    where the weights lie or in which order experts arrive.
+    Rows of one expert are always computed in one product in token order, so that the result does not depend
+    on where the weights lie or in which order experts arrive.
     """
 
     def __init__(self, layout: ExpertLayout, math: ExpertMath) -> None:

@@ -103,6 +103,12 @@ class ExpertStore:
             self._drop(key, slot)
             return True
 
+    def wait_below(self, reads: int) -> None:
+        """Wait until fewer than ``reads`` experts are on their way."""
+        with self._changed:
+            while len(self._tickets) >= reads:
+                self._changed.wait()
+
     def wait_idle(self) -> None:
         """Wait until nothing is being read; raise the first read error, if any."""
         with self._changed:
@@ -128,8 +134,7 @@ class ExpertStore:
     # Slots: the lock is held in all of these.
 
     def _take_slot(self, key: ExpertKey, *, must: bool = False) -> Slot | None:
-        """Return a free slot, or the victim's. ``must``: take any evictable one where the policy would wait.
-        """
+        """Return a free slot, or the victim's. ``must``: take any evictable one where the policy would wait."""
         pool = self._pools[key.layer]
         if pool.free:
             return pool.free.pop()

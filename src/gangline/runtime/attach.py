@@ -1,0 +1,155 @@
+"""Take over the experts of a model that is already built, and give them back."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gangline.checkpoint.pack import open_pack, write_pack
+from gangline.core.errors import UsageError
+from gangline.core.home import cache_dir
+from gangline.core.layout import ExpertCatalog, ExpertLayout
+from gangline.core.sizes import parse_size
+from gangline.formats import get_codec
+from gangline.models import (
+    MoEBlock,
+    MoEView,
+    check_conformance,
+    drop_expert_params,
+    expert_tensors,
+    find_moe,
+    restore_expert_params,
+    stored_fields,
+)
+from gangline.runtime.footprint import measure_footprint
+from gangline.runtime.load import run_from_store
+from gangline.runtime.opened import codec_of, largest_reads
+from gangline.runtime.planner import DEFAULT_CONTEXT, PREFILL_ROWS, PlanRequest, make_plan
+from gangline.runtime.runtime import Runtime
+
+
+class ModuleSource:
+    """The experts of a built model as an ``ExpertSource``."""
+
+    catalog = None
+    notes = ()
+
+    def __init__(self, view: MoEView, dtype: torch.dtype) -> None:
+        self._blocks = view.blocks
+        self.layouts: tuple[ExpertLayout, ...] = tuple(stored_fields(block, dtype) for block in view.blocks)
+        self.experts: tuple[int, ...] = tuple(block.geometry.experts for block in view.blocks)
+
+    def read_layer(self, layer: int) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """Yield the matrices of one layer's experts as bytes."""
+        block = self._blocks[layer]
+        for expert in range(block.geometry.experts):
+            tensors = expert_tensors(block, expert)
+            yield expert, tuple(t.detach().contiguous().view(torch.uint8).reshape(-1) for t in tensors)
+
+
+def attach_model(
+    model: PreTrainedModel,
+    *,
+    memory: str | int | None = None,
+    precision: str = "stored",
+    ctx_size: int | None = None,
+    batch_tokens: int | None = None,
+    expert_slots: int | None = None,
+    cache_seed: int | None = None,
+    check: bool = True,
+) -> Runtime:
+    """Move a model's experts into a temporary pack on disk and a store within ``memory``; returns its
+    runtime.
+
+    The model has been in memory as a whole before, so the budget holds from here on. :func:`detach_model` (or
+    leaving ``with attach(model):``) gives the model its experts back.
+
+    Args:
+        model: a transformers MoE on the CPU.
+        memory, precision, ctx_size, batch_tokens, expert_slots, cache_seed: as for ``load_model``.
+        check: prove first that our view of its routers and experts reproduces the model (a few rows per
+        layer).
+
+    Raises:
+        ConformanceError, UnsupportedModelError: the model is not understood.
+        BudgetError: the budget is too small.
+        UsageError: the model is attached already.
+    """
+    if getattr(model, "gangline", None) is not None:
+        raise UsageError("this model is attached already; call gangline.detach(model) first")
+    view = find_moe(model)
+    if check:
+        check_conformance(view)
+    dtype = next(iter(expert_tensors(view.blocks[0], 0))).dtype
+    codec = codec_of(precision)
+    source = ModuleSource(view, dtype)
+    folder = Path(tempfile.mkdtemp(prefix="attached-", dir=cache_dir("attached")))
+    dropped: list[MoEBlock] = []
+    try:
+        stored = write_pack(source, folder / "stored", key="stored")
+        catalog = stored if codec is None else write_pack(source, folder / codec, key=codec, codec=codec)
+        for block in view.blocks:
+            drop_expert_params(block)
+            dropped.append(block)
+        footprint = measure_footprint(
+            model, model.dtype, view.geometry, catalog.layouts, tuple(largest_reads(catalog, 4096))
+        )
+        context = ctx_size or DEFAULT_CONTEXT
+        request = PlanRequest(
+            model=type(model).__name__,
+            budget=None if memory is None else parse_size(memory),
+            precision=precision,
+            context=context,
+            rows=min(batch_tokens or PREFILL_ROWS, context),
+            process=max(0, int(psutil.Process().memory_info().rss) - footprint.dense),
+            available=int(psutil.virtual_memory().available * 0.9),
+            expert_slots=expert_slots,
+        )
+        plan = make_plan(request, footprint)
+        run_from_store(model, view, plan, catalog, cache_seed=cache_seed, progress=False)
+    except BaseException:
+        _restore(dropped, folder, dtype)
+        raise
+    runtime = model.__dict__["gangline"]
+    assert isinstance(runtime, Runtime)
+    runtime.attached = True
+    runtime.on_close(lambda: _restore(dropped, folder, dtype))
+    return runtime
+
+
+def detach_model(model: PreTrainedModel) -> None:
+    """Give a model its experts back and forget its runtime.
+
+    Raises:
+        UsageError: the model was not attached (a model from ``load`` never had its experts in memory).
+    """
+    runtime = getattr(model, "gangline", None)
+    if runtime is None or not runtime.attached:
+        raise UsageError("this model was not attached; only gangline.attach can be undone by detach")
+    runtime.close()
+
+
+def _restore(dropped: list[MoEBlock], folder: Path, dtype: torch.dtype) -> None:
+    """Put the exact tensors back from the pack and remove it."""
+    for block in dropped:
+        restore_expert_params(block, _read_experts(folder / "stored", block.layer, dtype))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_experts(folder: Path, layer: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the matrices of one layer of a pack with dense codecs, expert by expert, as stored."""
+    catalog: ExpertCatalog = open_pack(folder)
+    keys = sorted(key for key in catalog.extents if key.layer == layer)
+    for key in keys:
+        tensors = []
+        for spec, extent in zip(catalog.layouts[layer].fields, catalog.extents[key], strict=True):
+            with catalog.files[extent.file].open("rb") as file:
+                file.seek(extent.offset)
+                raw = torch.frombuffer(bytearray(file.read(extent.nbytes)), dtype=torch.uint8)
+            tensors.append(get_codec(spec.codec).decode(raw, spec.shape, dtype))
+        yield tuple(tensors)

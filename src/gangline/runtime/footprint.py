@@ -1,0 +1,140 @@
+"""What a model needs in memory besides its experts, from its configuration and a skeleton on ``meta``."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gangline.core.geometry import MoEGeometry
+from gangline.core.layout import ExpertLayout
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Sizes of one model in bytes.
+
+    Attributes:
+        dense: parameters and buffers that are no expert matrix; tied weights count once.
+        largest_dense: the largest of them, in memory twice for a moment while loading.
+        kv_per_token: keys and values of one token over all layers.
+        row: activations of one row of a prefill chunk (attention, experts, residual stream).
+        vocab_row: logits of one position in fp32.
+        kernel: scratch of one expert's computation (its matrices decoded to the compute dtype).
+        slots: layers that share a slot size: ``(slot bytes, layer numbers)``.
+        experts: payload bytes of all experts.
+        active_experts: payload bytes of the experts that one token uses.
+        geometry: the MoE layers.
+        codecs: names of the codecs of the expert matrices.
+    """
+
+    dense: int
+    largest_dense: int
+    kv_per_token: int
+    row: int
+    vocab_row: int
+    kernel: int
+    slots: tuple[tuple[int, tuple[int, ...]], ...]
+    experts: int
+    active_experts: int
+    geometry: MoEGeometry
+    codecs: tuple[str, ...]
+
+    @property
+    def working_set(self) -> int:
+        """Slot bytes of the experts that one token uses in all layers."""
+        return sum(
+            size * sum(self.geometry.layers[layer].top_k for layer in layers) for size, layers in self.slots
+        )
+
+    @property
+    def all_slots(self) -> int:
+        """Slot bytes of all experts."""
+        return sum(
+            size * sum(self.geometry.layers[layer].experts for layer in layers) for size, layers in self.slots
+        )
+
+
+def measure_footprint(
+    model: nn.Module,
+    dtype: torch.dtype,
+    geometry: MoEGeometry,
+    layouts: tuple[ExpertLayout, ...],
+    slot_bytes: tuple[int, ...],
+) -> Footprint:
+    """Add up a model whose expert matrices have been dropped (its other tensors may lie on ``meta``).
+
+    Args:
+        model: the skeleton.
+        dtype: the model's number format.
+        geometry: its MoE layers.
+        layouts: how the experts of each layer will lie in their slots.
+        slot_bytes: bytes of one slot for each layer.
+    """
+    config = text_config(model.config)
+    sizes = [tensor.numel() * _width(tensor, dtype) for tensor in _unique_tensors(model)]
+    pairs = list(zip(geometry.layers, layouts, strict=True))
+    groups: dict[int, list[int]] = {}
+    for layer, size in enumerate(slot_bytes):
+        groups.setdefault(size, []).append(layer)
+    decoded = max(layer.expert_params for layer in geometry.layers) * dtype.itemsize
+    return Footprint(
+        dense=sum(sizes),
+        largest_dense=max(sizes),
+        kv_per_token=_kv_per_token(config, dtype),
+        row=_row_bytes(config, geometry, dtype),
+        vocab_row=4 * int(getattr(config, "vocab_size", 0) or 0),
+        kernel=2 * decoded,
+        slots=tuple((size, tuple(layers)) for size, layers in sorted(groups.items())),
+        experts=sum(layer.experts * layout.nbytes for layer, layout in pairs),
+        active_experts=sum(layer.top_k * layout.nbytes for layer, layout in pairs),
+        geometry=geometry,
+        codecs=tuple(sorted({field.codec for layout in layouts for field in layout.fields})),
+    )
+
+
+def text_config(config: Any) -> Any:
+    """Return the configuration of the language model in a composite one."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _unique_tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _width(tensor: torch.Tensor, dtype: torch.dtype) -> int:
+    return dtype.itemsize if tensor.is_floating_point() else tensor.element_size()
+
+
+def _kv_per_token(config: Any, dtype: torch.dtype) -> int:
+    """Keys and values as transformers' caches keep them: expanded, for latent attention as well."""
+
+    def read(name: str, default: int = 0) -> int:
+        return int(getattr(config, name, None) or default)
+
+    hidden = read("hidden_size", read("d_model"))
+    heads = read("num_attention_heads", read("num_heads", 1))
+    layers = read("num_hidden_layers", read("num_layers", 1))
+    if read("kv_lora_rank"):
+        width = heads * (read("qk_nope_head_dim") + read("qk_rope_head_dim") + read("v_head_dim"))
+    else:
+        head_dim = read("head_dim", read("d_kv", hidden // heads))
+        width = 2 * read("num_key_value_heads", heads) * head_dim
+    crossing = 2 if getattr(config, "is_encoder_decoder", False) else 1
+    return layers * crossing * width * dtype.itemsize
+
+
+def _row_bytes(config: Any, geometry: MoEGeometry, dtype: torch.dtype) -> int:
+    """Peak bytes of one row: residual stream, attention inputs, and the widest MoE layer."""
+    hidden = max(layer.hidden for layer in geometry.layers)
+    heads = int(getattr(config, "num_attention_heads", 1) or 1)
+    head_dim = int(getattr(config, "head_dim", 0) or 0) or hidden // heads
+    attention = (6 * hidden + 4 * heads * head_dim) * dtype.itemsize
+    routed = max(
+        layer.top_k * layer.hidden * 4
+        + 4 * layer.hidden * 4
+        + 3 * layer.intermediate * 4
+        + layer.experts * 12
+        for layer in geometry.layers
+    )
+    return attention + routed

@@ -1,0 +1,190 @@
+"""A model whose files are found and whose headers are read: what both planning and loading start from."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from gangline.checkpoint.gguf import GGUFCheckpoint
+from gangline.checkpoint.locate import LocalCheckpoint, RemoteCheckpoint
+from gangline.checkpoint.pack import recode_layout
+from gangline.checkpoint.resolve import resolve_index
+from gangline.checkpoint.safetensors_index import SafetensorsIndex
+from gangline.checkpoint.source import ExpertsModule, ExpertSource, ModuleField
+from gangline.core.errors import UsageError
+from gangline.core.layout import ExpertCatalog, ExpertLayout
+from gangline.models import MoEView
+from gangline.runtime.dense import build_skeleton, load_dense, model_class, read_config, strip_quantization
+from gangline.runtime.files import ALIGN
+from gangline.runtime.footprint import Footprint, measure_footprint
+from gangline.runtime.read_plan import plan_reads
+
+# Group sizes at which round-to-nearest loses little for few bits (4.25 and 8.125 true bits per weight).
+PRECISIONS = {"stored": None, "int8": "int8g128", "int4": "int4g64"}
+
+
+def codec_of(precision: str) -> str | None:
+    """Return the codec of a precision: ``stored``, ``int8``, ``int4``, or a codec name such as ``int4g32``.
+
+    Raises:
+        UsageError: another name.
+    """
+    if precision in PRECISIONS:
+        return PRECISIONS[precision]
+    if precision.startswith("int") and "g" in precision:
+        return precision
+    raise UsageError(f"unknown precision {precision!r}; choose stored, int8, int4, or for example int4g32")
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """Configuration, skeleton and expert source of one checkpoint; no weight has been read.
+
+    Attributes:
+        name: what the user called it.
+        config: its configuration, without quantization entries.
+        cls: its transformers class.
+        dtype: number format of the dense weights and of the computation.
+        skeleton: the model on ``meta`` without expert matrices.
+        view: its MoE layers.
+        source: its experts.
+        folder: its folder, None for a model that is only known by its headers.
+        gguf: the GGUF checkpoint, if it is one.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    cls: type[PreTrainedModel]
+    dtype: torch.dtype
+    skeleton: PreTrainedModel
+    view: MoEView
+    source: ExpertSource
+    folder: Path | None
+    gguf: GGUFCheckpoint | None
+
+    def layouts(self, codec: str | None) -> tuple[ExpertLayout, ...]:
+        """Return how experts will lie in their slots at a precision."""
+        return tuple(recode_layout(layout, codec) for layout in self.source.layouts)
+
+    def in_place(self, codec: str | None) -> ExpertCatalog | None:
+        """Return where experts can be read as the files are, or None if they need a pack."""
+        return self.source.catalog if codec is None else None
+
+    def footprint(self, codec: str | None) -> Footprint:
+        """Return the model's sizes at a precision."""
+        layouts, catalog = self.layouts(codec), self.in_place(codec)
+        sizes = [_up(layout.nbytes, ALIGN) for layout in layouts]
+        if catalog is not None:
+            sizes = largest_reads(catalog, ALIGN)
+        return measure_footprint(self.skeleton, self.dtype, self.view.geometry, layouts, tuple(sizes))
+
+    def load_dense(self) -> tuple[PreTrainedModel, MoEView]:
+        """Load everything but the experts."""
+        if self.gguf is not None:
+            tensors = dict(self.gguf.dense_tensors(self.dtype))
+            return load_dense(self.cls, self.config, self.dtype, tensors=tensors)
+        assert self.folder is not None
+        return load_dense(self.cls, self.config, self.dtype, folder=self.folder)
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of the files' names, sizes and times: the key of everything derived from them."""
+        digest = hashlib.sha256(self.name.encode())
+        for path in self._files():
+            stat = path.resolve().stat()
+            digest.update(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode())
+        return digest.hexdigest()[:24]
+
+    def _files(self) -> Iterator[Path]:
+        if self.gguf is not None:
+            yield self.gguf.path
+        elif self.folder is not None:
+            yield from sorted(self.folder.glob("*.safetensors"))
+
+
+def open_model(checkpoint: LocalCheckpoint | RemoteCheckpoint, dtype: torch.dtype | None) -> OpenedModel:
+    """Read the headers of a model.
+
+    Args:
+        checkpoint: its files, or its place on the Hub (then only a plan can be made).
+        dtype: number format of the dense weights and of the computation; None keeps the checkpoint's.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: the model cannot be read, or not by us.
+    """
+    if isinstance(checkpoint, LocalCheckpoint) and checkpoint.gguf is not None:
+        return _open_gguf(checkpoint, dtype)
+    if isinstance(checkpoint, RemoteCheckpoint):
+        folder, config = None, read_config(checkpoint.config.parent)
+        index = SafetensorsIndex.from_hub(checkpoint.repo, checkpoint.revision)
+        where = Path(checkpoint.repo)
+    else:
+        folder, config = checkpoint.folder, read_config(checkpoint.folder)
+        index = SafetensorsIndex.from_folder(checkpoint.folder)
+        where = checkpoint.folder
+    kind = dtype or _config_dtype(config)
+    cls = model_class(config, checkpoint.name)
+    skeleton, view = build_skeleton(cls, config, kind)
+    source = resolve_index(index, where, skeleton, experts_modules(view), kind)
+    return OpenedModel(checkpoint.name, config, cls, kind, skeleton, view, source, folder, None)
+
+
+def _open_gguf(checkpoint: LocalCheckpoint, dtype: torch.dtype | None) -> OpenedModel:
+    assert checkpoint.gguf is not None
+    gguf = GGUFCheckpoint.open(checkpoint.gguf)
+    config = strip_quantization(gguf.config, checkpoint.name)
+    kind = dtype or torch.bfloat16
+    cls = model_class(config, checkpoint.name)
+    skeleton, view = build_skeleton(cls, config, kind)
+    source = gguf.expert_source(experts_modules(view))
+    return OpenedModel(checkpoint.name, config, cls, kind, skeleton, view, source, checkpoint.folder, gguf)
+
+
+def _config_dtype(config: PreTrainedConfig) -> torch.dtype:
+    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return found if isinstance(found, torch.dtype) else torch.bfloat16
+
+
+def experts_modules(view: MoEView) -> list[ExpertsModule]:
+    """Describe a view's experts modules for the checkpoint readers, which know no modules."""
+    return [
+        ExpertsModule(
+            prefix=block.name,
+            experts=block.geometry.experts,
+            params=block.param_shapes,
+            transposed=block.transposed,
+            has_gate=block.has_gate,
+            interleaved=block.interleaved,
+            matrices=tuple(ModuleField(f.name, f.parameter, f.shape, f.transposed) for f in block.fields),
+        )
+        for block in view.blocks
+    ]
+
+
+def largest_reads(catalog: ExpertCatalog, align: int) -> list[int]:
+    """Return, for each layer, the slot bytes that its largest expert needs."""
+    sizes = [0] * len(catalog.layouts)
+    for key, extents in catalog.extents.items():
+        sizes[key.layer] = max(sizes[key.layer], _up(plan_reads(extents, align).nbytes, ALIGN))
+    return _level(sizes)
+
+
+def _level(sizes: Sequence[int]) -> list[int]:
+    """Round sizes that differ by alignment only up to one, so that their layers share a pool."""
+    levels: list[int] = []
+    result = []
+    for size in sizes:
+        near = next((level for level in levels if 0 <= level - size <= 4 * ALIGN), None)
+        if near is None:
+            near = max(s for s in sizes if 0 <= s - size <= 4 * ALIGN)
+            levels.append(near)
+        result.append(near)
+    return result
+
+
+def _up(size: int, align: int) -> int:
+    return -(-size // align) * align

@@ -1,0 +1,241 @@
+"""The memory planner: reserve everything else first, give the rest to expert slots, refuse the impossible."""
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from gangline.core.errors import BudgetError
+from gangline.core.sizes import format_size
+from gangline.runtime.footprint import Footprint
+
+MIB = 1 << 20
+# Measured on CPU: what torch's libraries allocate on first use, thread stacks, and allocator slack.
+RUNTIME_RESERVE = 112 * MIB
+PREFILL_ROWS = 512
+DEFAULT_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where every byte of the budget goes.
+
+    Attributes:
+        model: what the user called the model.
+        budget: peak resident bytes promised, or None for no limit.
+        precision: ``stored`` or the codec that the experts are converted to.
+        context: tokens (over all sequences together) for which keys and values are reserved.
+        rows: largest number of rows in one forward pass (a prompt is fed in chunks of this many tokens).
+        process: resident bytes of Python and its libraries before the model.
+        reserve: what the libraries will still allocate.
+        dense, load_peak: dense weights, and the extra that loading them needs for a moment.
+        kv, activations, kernel: key/value cache, one prefill chunk, one expert's scratch.
+        row_bytes, logit_bytes: activations of one row, and the logits of one position.
+        slots: for every slot size ``(slot bytes, count, layers)``.
+        experts_total, experts_resident: number of experts, and how many have a slot.
+        expert_bytes: payload of all experts.
+        smallest: the smallest budget that works at this context and precision.
+        notes: sentences for the user.
+    """
+
+    model: str
+    budget: int | None
+    precision: str
+    context: int
+    rows: int
+    process: int
+    reserve: int
+    dense: int
+    load_peak: int
+    kv: int
+    activations: int
+    kernel: int
+    row_bytes: int
+    logit_bytes: int
+    slots: tuple[tuple[int, int, tuple[int, ...]], ...]
+    experts_total: int
+    experts_resident: int
+    expert_bytes: int
+    smallest: int
+    codecs: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    speed: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fixed(self) -> int:
+        """Everything that is not an expert slot."""
+        return self.process + self.reserve + self.dense + self.kv + self.activations + self.kernel
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of all expert slots."""
+        return sum(size * count for size, count, _ in self.slots)
+
+    @property
+    def peak(self) -> int:
+        """Planned peak of the resident memory."""
+        return max(self.fixed + self.slot_bytes, self.process + self.dense + self.load_peak)
+
+    @property
+    def resident_share(self) -> float:
+        """Share of the experts that have a slot."""
+        return self.experts_resident / self.experts_total
+
+    @property
+    def everything_resident(self) -> bool:
+        """Whether no expert is ever evicted."""
+        return self.experts_resident >= self.experts_total
+
+    def rows_table(self) -> list[tuple[str, int, str]]:
+        """Return ``(what, bytes, why)`` in the order in which the planner reserves."""
+        return [
+            ("Python and libraries", self.process, "measured in this process"),
+            (
+                "library buffers",
+                self.reserve,
+                "thread stacks, math libraries on first use, allocator slack",
+            ),
+            ("dense weights", self.dense, "attention, norms, routers, shared experts, embeddings"),
+            ("key/value cache", self.kv, f"{self.context} tokens over all sequences (--ctx-size)"),
+            ("prefill activations", self.activations, f"chunks of {self.rows} tokens"),
+            ("expert scratch", self.kernel, "one expert in the compute format"),
+            (
+                "expert slots",
+                self.slot_bytes,
+                f"{self.experts_resident} of {self.experts_total} experts ({self.resident_share:.0%})",
+            ),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        derived = {
+            "fixed": self.fixed,
+            "slot_bytes": self.slot_bytes,
+            "peak": self.peak,
+            "resident_share": self.resident_share,
+        }
+        return asdict(self) | derived
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What the user asked for; sizes in bytes."""
+
+    model: str
+    budget: int | None
+    precision: str
+    context: int
+    rows: int = PREFILL_ROWS
+    process: int = 0
+    available: int | None = None
+    expert_slots: int | None = None
+
+
+def make_plan(request: PlanRequest, footprint: Footprint, notes: tuple[str, ...] = ()) -> MemoryPlan:
+    """Split a budget. Without one, the memory that the machine has available is the budget if experts need
+    it.
+
+    Raises:
+        BudgetError: less than the smallest budget that works, which the error names and carries.
+    """
+    plan = _fixed_part(request, footprint, notes)
+    smallest = max(
+        plan.fixed + _slot_bytes(footprint, _least_slots(footprint)),
+        plan.process + plan.dense + plan.load_peak,
+    )
+    plan = replace(plan, smallest=smallest)
+    if request.expert_slots is not None:
+        return _with_slots(plan, footprint, _deal(footprint, request.expert_slots))
+    limit = request.budget
+    if limit is None:
+        limit = plan.process + request.available if request.available is not None else None
+        if limit is None or plan.fixed + footprint.all_slots <= limit:
+            return _with_slots(plan, footprint, _every_slot(footprint))
+        note = (
+            f"the experts ({format_size(footprint.experts)}) do not all fit into the "
+            f"{format_size(limit)} that this machine has free; the rest is read from disk as it is needed"
+        )
+        plan = replace(plan, notes=(*plan.notes, note))
+    if limit < smallest:
+        raise BudgetError(
+            f"{request.model}: {format_size(limit)} is too small: dense weights {format_size(plan.dense)}, "
+            f"key/value cache {format_size(plan.kv)}, process and buffers "
+            f"{format_size(plan.fixed - plan.dense - plan.kv)}; the smallest budget that works is "
+            f"{smallest / MIB:.0f}MiB (a shorter --ctx-size or --precision int4 needs less)",
+            smallest,
+        )
+    counts = _fill(footprint, limit - plan.fixed)
+    return _warn_small(_with_slots(plan, footprint, counts), footprint)
+
+
+def _fixed_part(request: PlanRequest, footprint: Footprint, notes: tuple[str, ...]) -> MemoryPlan:
+    return MemoryPlan(
+        model=request.model,
+        budget=request.budget,
+        precision=request.precision,
+        context=request.context,
+        rows=request.rows,
+        process=request.process,
+        reserve=RUNTIME_RESERVE,
+        dense=footprint.dense,
+        load_peak=footprint.dense + footprint.largest_dense,
+        # One layer's keys and values exist twice while the cache grows.
+        kv=request.context * footprint.kv_per_token * 5 // 4,
+        activations=request.rows * footprint.row + 4 * footprint.vocab_row,
+        kernel=footprint.kernel,
+        row_bytes=footprint.row,
+        logit_bytes=footprint.vocab_row,
+        slots=(),
+        experts_total=footprint.geometry.total_experts,
+        experts_resident=0,
+        expert_bytes=footprint.experts,
+        smallest=0,
+        codecs=footprint.codecs,
+        notes=notes,
+    )
+
+
+def _least_slots(footprint: Footprint) -> list[int]:
+    """Two tokens' experts of one layer: enough to compute an event while the next expert is on its way."""
+    layers = footprint.geometry.layers
+    return [max(layers[n].top_k for n in group) + 1 for _, group in footprint.slots]
+
+
+def _every_slot(footprint: Footprint) -> list[int]:
+    layers = footprint.geometry.layers
+    return [sum(layers[n].experts for n in group) for _, group in footprint.slots]
+
+
+def _slot_bytes(footprint: Footprint, counts: list[int]) -> int:
+    return sum(size * count for (size, _), count in zip(footprint.slots, counts, strict=True))
+
+
+def _fill(footprint: Footprint, room: int) -> list[int]:
+    """Give every slot size the same share of its experts, at least the least."""
+    every, least = _every_slot(footprint), _least_slots(footprint)
+    share = min(1.0, room / footprint.all_slots)
+    counts = [max(low, int(full * share)) for low, full in zip(least, every, strict=True)]
+    while _slot_bytes(footprint, counts) > room:
+        spare = [count - low for count, low in zip(counts, least, strict=True)]
+        counts[spare.index(max(spare))] -= 1
+    return counts
+
+
+def _deal(footprint: Footprint, slots: int) -> list[int]:
+    """Split a number of slots between slot sizes, at least one working slot each."""
+    every = _every_slot(footprint)
+    return [max(1, min(full, slots * full // sum(every))) for full in every]
+
+
+def _with_slots(plan: MemoryPlan, footprint: Footprint, counts: list[int]) -> MemoryPlan:
+    slots = tuple((size, count, group) for (size, group), count in zip(footprint.slots, counts, strict=True))
+    return replace(plan, slots=slots, experts_resident=min(sum(counts), plan.experts_total))
+
+
+def _warn_small(plan: MemoryPlan, footprint: Footprint) -> MemoryPlan:
+    if plan.slot_bytes >= footprint.working_set or plan.everything_resident:
+        return plan
+    better = plan.fixed + footprint.working_set
+    note = (
+        f"the slots hold less than the experts of one token ({format_size(footprint.working_set)}), so most "
+        f"experts are read for every token; from {better / MIB:.0f}MiB on the cache starts to help"
+    )
+    return replace(plan, notes=(*plan.notes, note))

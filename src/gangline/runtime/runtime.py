@@ -1,0 +1,205 @@
+"""What hangs on a model as ``model.gangline``: its plan, its store, its counters."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import psutil
+from torch import nn
+
+from gangline.core.errors import BudgetError, ContextError
+from gangline.core.geometry import MoEGeometry
+from gangline.core.layout import ExpertCatalog
+from gangline.core.sizes import format_size
+from gangline.core.tiers import Priority
+from gangline.models import MoEView
+from gangline.runtime.engine import Engine
+from gangline.runtime.planner import MemoryPlan
+from gangline.runtime.store import ExpertStore
+
+
+@dataclass(frozen=True)
+class RuntimeStats:
+    """Counters since the model was loaded.
+
+    Attributes:
+        host_hits: experts of routing events found in memory; ``host_misses`` had to be read.
+        bytes_read: expert bytes read from disk; ``prefetch_bytes`` of them before they were asked for.
+        prefill_tokens: rows of forward passes with more than one token per sequence.
+        decode_tokens: rows of the others.
+        stall_seconds: time that computing waited for reads.
+        evictions: experts that gave up their slot.
+        hit_rate: share of hits, None before the first event.
+    """
+
+    host_hits: int
+    host_misses: int
+    bytes_read: int
+    prefetch_bytes: int
+    prefill_tokens: int
+    decode_tokens: int
+    stall_seconds: float
+    evictions: int
+    hit_rate: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+
+class Runtime:
+    """The running side of one model; made by :func:`gangline.load` and :func:`gangline.attach`.
+
+    A context manager: leaving it closes the runtime.
+
+    Attributes:
+        plan: where every byte of the budget goes.
+        catalog: where the experts are read.
+        geometry: the MoE layers.
+        attached: whether the model was built by somebody else and gets its experts back on ``close``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        view: MoEView,
+        plan: MemoryPlan,
+        catalog: ExpertCatalog,
+        store: ExpertStore,
+        engine: Engine,
+    ) -> None:
+        self.plan = plan
+        self.catalog = catalog
+        self.geometry: MoEGeometry = view.geometry
+        self._model = model
+        self._store: ExpertStore | None = store
+        self._engine = engine
+        self._prefill_tokens = 0
+        self._decode_tokens = 0
+        self._undo: list[Callable[[], None]] = []
+        self.attached = False
+
+    @property
+    def store(self) -> ExpertStore:
+        """The expert store."""
+        if self._store is None:
+            raise BudgetError("this model was closed; load it again")
+        return self._store
+
+    @property
+    def smallest_slots(self) -> int:
+        """The smallest number of expert slots with which the model runs."""
+        return len(self.plan.slots)
+
+    def on_close(self, undo: Callable[[], None]) -> None:
+        """Add something to undo when the runtime is closed."""
+        self._undo.append(undo)
+
+    def stats(self) -> RuntimeStats:
+        """Return the counters."""
+        stats = self.store.stats
+        return RuntimeStats(
+            host_hits=stats.hits,
+            host_misses=stats.misses,
+            bytes_read=stats.total_bytes_read,
+            prefetch_bytes=stats.bytes_read[Priority.PREFETCH.name.lower()],
+            prefill_tokens=self._prefill_tokens,
+            decode_tokens=self._decode_tokens,
+            stall_seconds=stats.stall_seconds,
+            evictions=stats.evictions,
+            hit_rate=stats.hit_rate,
+        )
+
+    def banner(self) -> str:
+        """Return one line: exactness, formats, share in memory, hit rate, memory against the budget."""
+        plan = self.plan
+        kind = "exact" if plan.precision == "stored" else "approximate"
+        parts = [
+            f"{kind}, {'+'.join(plan.codecs)}, {plan.resident_share:.0%} of experts in RAM",
+            f"peak {format_size(peak_resident())}"
+            + (f" of {format_size(plan.budget)}" if plan.budget else ""),
+        ]
+        stats = self.stats()
+        if stats.hit_rate is not None:
+            rows = max(1, stats.decode_tokens + stats.prefill_tokens)
+            parts.append(f"hit rate {stats.hit_rate:.2f}")
+            parts.append(f"{format_size(stats.bytes_read / rows)} read per token")
+        return " | ".join(parts)
+
+    def close(self) -> None:
+        """Free the experts. A model from ``load`` cannot compute afterwards; an attached one is as it was."""
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+        while self._undo:
+            self._undo.pop()()
+        self._model.__dict__.pop("gangline", None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward hook of the model: note the phase, and refuse what the plan has no room for.
+
+        Raises:
+            ContextError: more tokens, rows or logits than were planned for.
+        """
+        shape = _input_shape(args, kwargs)
+        if shape is None:
+            self._engine.phase = "prefill"
+            return
+        sequences, length = shape
+        rows = sequences * length
+        if length == 1:
+            self._engine.phase = "decode"
+            self._decode_tokens += rows
+        else:
+            self._engine.phase = "prefill"
+            self._prefill_tokens += rows
+        if self.plan.budget is not None:
+            self._check_room(sequences, length, kwargs)
+
+    def _check_room(self, sequences: int, length: int, kwargs: dict[str, Any]) -> None:
+        plan = self.plan
+        cache = kwargs.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
+        total = sequences * (int(past) + length)
+        if total > plan.context:
+            raise ContextError(
+                f"{plan.model}: {total} tokens ({sequences} x {int(past) + length}) exceed the "
+                f"{plan.context} planned for in {format_size(plan.budget or 0)}; "
+                f"load with a larger ctx_size (--ctx-size {total})"
+            )
+        rows = sequences * length
+        positions = rows if length > 1 and not kwargs.get("logits_to_keep") else sequences
+        need = rows * plan.row_bytes + positions * plan.logit_bytes
+        if need > plan.activations:
+            raise ContextError(
+                f"{plan.model}: a forward pass over {rows} tokens with the logits of {positions} needs "
+                f"{format_size(need)}, more than the {format_size(plan.activations)} planned for "
+                f"activations; pass logits_to_keep=1, feed at most {plan.rows} tokens at once, "
+                f"or load with larger batch_tokens"
+            )
+
+
+def peak_resident() -> int:
+    """Return the largest resident memory of this process so far, in bytes (the current one where unknown)."""
+    try:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    except ImportError:
+        return int(psutil.Process().memory_info().rss)
+
+
+def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    for name in ("decoder_input_ids", "input_ids", "inputs_embeds"):
+        value = kwargs.get(name)
+        if value is not None:
+            return int(value.shape[0]), int(value.shape[1])
+    if args and hasattr(args[0], "shape") and len(args[0].shape) >= 2:
+        return int(args[0].shape[0]), int(args[0].shape[1])
+    return None
