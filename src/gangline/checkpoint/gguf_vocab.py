@@ -1,8 +1,8 @@
 """The vocabulary of a GGUF file, from the ``tokenizer.json`` of a transformers folder.
 
 llama.cpp knows two kinds that MoE models use: byte-level BPE with one of its named splitting rules
-(``gpt2``), and BPE with byte fallback from SentencePiece (``llama``), where a score replaces the order of merges. A
-tokenizer that it would follow otherwise is left out with a warning: such a file takes token ids.
+(``gpt2``), and BPE with byte fallback from SentencePiece (``llama``), where a score replaces the order of
+merges. A tokenizer that it would follow otherwise is left out with a warning: such a file takes token ids.
 """
 
 import json
