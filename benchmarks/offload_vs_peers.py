@@ -4,9 +4,9 @@
         --out benchmarks/results/offload_vs_peers.json
 
 Makes the random checkpoint of the OLMoE-1B-7B shape and its GGUF if they are missing, then runs the sides in
-turns: each in a fresh process, in a control group limited to the same memory, with the page cache emptied before
-and the disk's bandwidth measured around it. All sides read the same token ids: a prompt, then tokens fed one by
-one. Needs Linux and root, and: pip install "gangline[gguf]" accelerate llama-cpp-python
+turns: each in a fresh process, in a control group limited to the same memory, with the page cache emptied
+before and the disk's bandwidth measured around it. All sides read the same token ids: a prompt, then tokens
+fed one by one. Needs Linux and root, and: pip install "gangline[gguf]" accelerate llama-cpp-python
 """
 
 import argparse

@@ -49,7 +49,7 @@ class TransformersEngine:
     def stats(self) -> dict[str, Any]:
         """Our counters; nothing for plain transformers."""
         runtime = getattr(self.model, "gangline", None)
-        return dict(runtime.stats()) if runtime is not None else {}
+        return runtime.stats().to_dict() if runtime is not None else {}
 
 
 class LlamaCppEngine:
