@@ -32,16 +32,16 @@ def bench(
     """Time prompt reading and decoding; print peak memory, hit rates and the share of the bandwidth bound."""
     if (model is None) == (shape is None):
         raise UsageError("give either MODEL or --shape NAME")
-    from gangline.cli.loading import find, load_arguments
+    from gangline.cli.loading import load_arguments
     from gangline.evaluation.speed import SpeedSettings, bench_model
 
     settings = SpeedSettings(
         prompt_tokens=prompt_tokens, new_tokens=new_tokens, repetitions=repetitions, seed=load.seed
     )
-    checkpoint = find(model or _make(out, str(shape), load), load.revision)
     report = bench_model(
-        checkpoint,
+        model or _make(str(shape), load),
         settings,
+        name=model or shape,
         memory=load.memory,
         ctx_size=load.ctx_size,
         progress=out.note,
@@ -51,7 +51,7 @@ def bench(
     _show(out, report)
 
 
-def _make(out: Output, shape: str, load: LoadOptions) -> str:
+def _make(shape: str, load: LoadOptions) -> str:
     """Write the random checkpoint of a shape, unless it is there, and return its folder."""
     import torch
 

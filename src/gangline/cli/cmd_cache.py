@@ -57,7 +57,7 @@ def rm(
     if not yes and not typer.confirm(f"remove {len(chosen)} entries, {format_size(size)}?", err=True):
         raise typer.Abort
     for path in chosen.values():
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
@@ -68,7 +68,7 @@ def rm(
 def verify(out: Output, names: Names = []) -> None:  # noqa: B006 - typer copies it
     """Read expert packs through and compare their checksums. Exit code 3 if one is damaged."""
     chosen = {name: _find(name) for name in names} or entries()
-    packs = {name: path for name, path in chosen.items() if name.startswith(f"{_PACKS}/")}
+    packs = {name: path for name, path in chosen.items() if _is_pack(name)}
     if names and len(packs) < len(chosen):
         other = next(name for name in chosen if name not in packs)
         raise UsageError(f"{other} has no checksums; only names that begin with '{_PACKS}/' do")
@@ -87,6 +87,12 @@ def verify(out: Output, names: Names = []) -> None:  # noqa: B006 - typer copies
     out.show(f"{len(results)} expert packs verified")
     if not all(row["ok"] for row in results):
         raise typer.Exit(NOT_PASSED)
+
+
+def _is_pack(name: str) -> bool:
+    """Whether an entry is a finished pack; unfinished ones and locks begin with a dot."""
+    kind, _, item = name.partition("/")
+    return kind == _PACKS and not item.startswith(".")
 
 
 def _find(name: str) -> Path:

@@ -31,7 +31,7 @@ def check(
     ] = True,
 ) -> None:
     """Compare budgets, batches and cache orders, and the plain model. Exit code 3 if they differ."""
-    from gangline.cli.loading import find, load_arguments
+    from gangline.cli.loading import load_arguments
     from gangline.evaluation.check import CheckSettings, check_model
 
     settings = CheckSettings(
@@ -43,7 +43,7 @@ def check(
         seed=load.seed,
         reference=reference,
     )
-    report = check_model(find(model, load.revision), settings, progress=out.note, **load_arguments(load))
+    report = check_model(model, settings, progress=out.note, **load_arguments(load))
     out.data(report.to_dict())
     _show(out, report)
     if not report.passed:

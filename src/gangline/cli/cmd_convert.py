@@ -33,12 +33,12 @@ def convert(
     ] = None,
 ) -> None:
     """Make a MoE from a dense model (approximate), or a GGUF file from a MoE."""
-    from gangline.cli.loading import find
+    from gangline.evaluation.plain import find_checkpoint
 
     target = Path(output).expanduser()
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise UsageError(f"{target} exists already; name another place, or remove it first")
-    checkpoint = find(model, revision)
+    checkpoint = find_checkpoint(model, revision)
     if to == "gguf":
         _gguf(out, checkpoint.folder, target, type)
 

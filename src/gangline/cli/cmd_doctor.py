@@ -71,7 +71,7 @@ def _rates(profile: "MachineProfile | None") -> list[str]:
         for at in profile.disk
     )
     return [
-        f"ok    disk               {rate / 1e9:.2f} GB/s ({way}, depth {depth}, {profile.block // 2**20} MiB each)",
+        f"ok    disk               {rate / 1e9:.2f} GB/s ({way}, depth {depth}, {profile.block >> 20} MiB)",
         f"ok    disk, GB/s         direct / cached: {disk}",
         f"ok    memory reads       {profile.ram / 1e9:.1f} GB/s",
         f"ok    matrix products    GFLOP/s in fp32 / bf16: {gemm}",

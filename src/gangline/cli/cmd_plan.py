@@ -15,6 +15,6 @@ def plan(out: Output, model: ModelArgument, budget: BudgetOptions) -> None:
     from rich.table import Table
 
     table = Table("what", "size", "why", title=model, title_justify="left", box=None)
-    for row in found.rows():
+    for row in found.rows_table():
         table.add_row(*(str(cell) for cell in row))
     out.show(table)

@@ -3,15 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gangline.cli.options import LoadOptions
 from gangline.cli.output import Output
 from gangline.core.errors import CheckpointError
 from gangline.core.sizes import parse_size
-
-if TYPE_CHECKING:
-    from gangline.checkpoint.locate import LocalCheckpoint
 
 
 @dataclass(frozen=True)
@@ -34,12 +31,11 @@ def loaded(model: str, options: LoadOptions, out: Output) -> Iterator[Loaded]:
     Raises:
         CheckpointError: the model has no tokenizer, or cannot be read.
     """
-    from gangline.evaluation.plain import load_tokenizer
+    from gangline.evaluation.plain import find_checkpoint, load_tokenizer
 
     if options.memory is not None:
         parse_size(options.memory)  # before anything slow
-    checkpoint = find(model, options.revision)
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(find_checkpoint(model, options.revision))
     if tokenizer is None:
         raise CheckpointError(
             f"{model} has no tokenizer, so it cannot read text; 'gangline bench' can time it"
@@ -47,7 +43,7 @@ def loaded(model: str, options: LoadOptions, out: Output) -> Iterator[Loaded]:
     import gangline
 
     found = gangline.load(
-        checkpoint.gguf or checkpoint.folder,
+        model,
         memory=options.memory,
         ctx_size=options.ctx_size,
         **load_arguments(options),
@@ -58,27 +54,14 @@ def loaded(model: str, options: LoadOptions, out: Output) -> Iterator[Loaded]:
         found.gangline.close()
 
 
-def find(model: str, revision: str | None) -> "LocalCheckpoint":
-    """Return the files of what the user calls a model, downloading what is missing.
-
-    Raises:
-        CheckpointError: nothing of that name, or it cannot be read.
-    """
-    from gangline.checkpoint.locate import LocalCheckpoint, resolve_checkpoint
-
-    found = resolve_checkpoint(model, revision)
-    if not isinstance(found, LocalCheckpoint):
-        raise CheckpointError(f"{model} is not on this machine; check the network")
-    return found
-
-
 def load_arguments(options: LoadOptions) -> dict[str, Any]:
-    """Return the keyword arguments of ``gangline.load`` that do not concern the budget."""
+    """Return the keyword arguments of ``gangline.load`` that do not decide the budget."""
     return {
         "precision": options.precision,
         "dtype": _dtype(options.dtype),
         "threads": options.threads,
         "io": options.io,
+        "revision": options.revision,
     }
 
 

@@ -29,7 +29,9 @@ class Output:
     def show(self, renderable: "RenderableType") -> None:
         """Print text or a rich table on stdout, unless JSON was asked for."""
         if not self.json:
-            _console(stderr=False).print(renderable, markup=False, highlight=False)
+            _console(stderr=False).print(
+                renderable, markup=False, highlight=False, soft_wrap=isinstance(renderable, str)
+            )
 
     def stream(self, text: str) -> None:
         """Print a piece of an answer on stdout at once, unless JSON was asked for."""

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +24,13 @@ from gangline.core.errors import UsageError
 from gangline.evaluation.check_report import Case, CheckReport
 from gangline.evaluation.compare import agreement, bit_equal, logit_tolerance, only_near_ties
 from gangline.evaluation.generation import Generation, generate_greedy
-from gangline.evaluation.plain import load_plain, load_tokenizer, no_room_for_plain
+from gangline.evaluation.plain import find_checkpoint, load_plain, load_tokenizer, no_room_for_plain, place
 from gangline.evaluation.prompts import prompt_ids
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str], None]
+_EVERY = 2**31  # more slots than any model has experts
 
 
 @dataclass(frozen=True)
@@ -70,17 +72,19 @@ class _Reference:
 
 
 def check_model(
-    checkpoint: LocalCheckpoint,
+    model: str | Path,
     settings: CheckSettings | None = None,
     *,
+    revision: str | None = None,
     progress: Progress | None = None,
     **loading: Any,
 ) -> CheckReport:
     """Compare runs of one model that must not differ.
 
     Args:
-        checkpoint: its files.
+        model: as for :func:`gangline.load`.
         settings: what to compare.
+        revision: branch, tag or commit on the Hub.
         progress: called with the name of each step as it begins.
         loading: passed on to :func:`gangline.runtime.load.load_model` (``precision``, ``dtype``, ``threads``,
             ``io``). With an approximate precision the plain model is compared too but cannot fail the check.
@@ -90,32 +94,34 @@ def check_model(
     """
     settings = settings or CheckSettings()
     say = progress or logger.info
+    checkpoint = find_checkpoint(model, revision)
     tokenizer = load_tokenizer(checkpoint)
+    loading = {"model": place(model), "revision": revision, **loading}
     say("all experts in memory")
-    with _loaded(checkpoint, **loading) as model:
-        vocabulary = model.get_input_embeddings().num_embeddings
+    with _loaded(**loading, expert_slots=_EVERY) as ours:
+        vocabulary = ours.get_input_embeddings().num_embeddings
         prompts = {
             batch: prompt_ids(tokenizer, vocabulary, batch, settings.prompt_tokens, settings.seed)
             for batch in settings.batch_sizes
         }
-        resident = _generations(model, prompts, settings.new_tokens)
-        kind, config, dtype = type(model), model.config, model.dtype
-        budgets = _budgets(settings.shares, model.gangline)
+        resident = _generations(ours, prompts, settings.new_tokens)
+        kind, config, dtype = type(ours), ours.config, ours.dtype
+        budgets = _budgets(settings.shares, ours.gangline)
     reference = _reference(checkpoint, (kind, config, dtype), prompts, settings, say)
     cases = []
     for name, slots, cache_seed in _runs(budgets, settings.cache_seeds):
         cache = "default" if cache_seed is None else f"random {cache_seed}"
         say(f"{name} of experts in memory ({slots}), cache {cache}")
-        with _loaded(checkpoint, expert_slots=slots, cache_seed=cache_seed, **loading) as model:
+        with _loaded(**loading, expert_slots=slots, cache_seed=cache_seed) as ours:
             for batch, ids_BP in prompts.items():
-                before = model.gangline.stats().host_misses
-                found = generate_greedy(model, ids_BP, settings.new_tokens)
-                misses = model.gangline.stats().host_misses - before
+                before = ours.gangline.stats().host_misses
+                found = generate_greedy(ours, ids_BP, settings.new_tokens)
+                misses = ours.gangline.stats().host_misses - before
                 pair = (resident[batch], reference.runs.get(batch))
                 cases.append(_case((name, slots, cache, batch, misses), found, *pair))
     precision = str(loading.get("precision", "stored"))
     return CheckReport(
-        model=checkpoint.name,
+        model=str(model),
         dtype=str(dtype).removeprefix("torch."),
         precision=precision,
         reference=reference.name,
@@ -126,11 +132,11 @@ def check_model(
 
 
 @contextmanager
-def _loaded(checkpoint: LocalCheckpoint, **loading: Any) -> Iterator[Any]:
+def _loaded(**loading: Any) -> Iterator[Any]:
     """Our model for the time of one run; its experts are freed afterwards."""
     from gangline.runtime.load import load_model
 
-    model = load_model(checkpoint.gguf or checkpoint.folder, **loading)
+    model: Any = load_model(**loading)
     try:
         yield model
     finally:

@@ -1,10 +1,11 @@
 """The plain transformers model and tokenizer of a checkpoint: what ours is compared with."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from gangline.checkpoint.locate import LocalCheckpoint
+from gangline.checkpoint.locate import LocalCheckpoint, resolve_checkpoint
 from gangline.core.errors import CheckpointError
 from gangline.core.sizes import format_size
 
@@ -19,6 +20,27 @@ _TOKENIZER_FILES = (
 # Loading copies: the files' pages, the tensors, and a layer's experts being stacked (seen: 1.45 times the
 # weights).
 _ROOM = 1.5
+
+
+def find_checkpoint(model: str | Path, revision: str | None = None) -> LocalCheckpoint:
+    """Return the files of what :func:`gangline.load` accepts, ``"demo"`` too, downloading what is missing.
+
+    Raises:
+        CheckpointError: nothing of that name, or it cannot be read.
+    """
+    found = resolve_checkpoint(place(model), revision)
+    if not isinstance(found, LocalCheckpoint):
+        raise CheckpointError(f"{model} is not on this machine; check the network")
+    return found
+
+
+def place(model: str | Path) -> str | Path:
+    """Return where a model is: for ``"demo"`` the folder, made on first use, else the name itself."""
+    if model != "demo":
+        return model
+    from gangline.compress.demo import ensure_demo
+
+    return ensure_demo()
 
 
 def load_tokenizer(checkpoint: LocalCheckpoint) -> Any | None:

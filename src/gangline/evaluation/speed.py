@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from gangline.checkpoint.locate import LocalCheckpoint
 from gangline.core.errors import UsageError
 from gangline.core.sizes import parse_size
 from gangline.evaluation.bound import bandwidths, decode_bound
 from gangline.evaluation.generation import fixed_length
-from gangline.evaluation.plain import load_tokenizer
+from gangline.evaluation.plain import find_checkpoint, load_tokenizer, place
 from gangline.evaluation.prompts import prompt_ids
 from gangline.evaluation.speed_report import SpeedReport, Spread
 
@@ -98,9 +97,11 @@ class _RandomTokens(LogitsProcessor):
 
 
 def bench_model(
-    checkpoint: LocalCheckpoint,
+    model: str | Path,
     settings: SpeedSettings | None = None,
     *,
+    name: str | None = None,
+    revision: str | None = None,
     memory: str | int | None = None,
     progress: Progress | None = None,
     **loading: Any,
@@ -108,8 +109,10 @@ def bench_model(
     """Load a model within ``memory`` and time it.
 
     Args:
-        checkpoint: its files.
+        model: as for :func:`gangline.load`.
         settings: how long to measure.
+        name: what the report calls the model.
+        revision: branch, tag or commit on the Hub.
         memory: budget of this process, as for :func:`gangline.load`.
         progress: called with the name of each step as it begins.
         loading: passed on to :func:`gangline.runtime.load.load_model` (``precision``, ``dtype``, ``threads``,
@@ -122,18 +125,18 @@ def bench_model(
 
     settings = settings or SpeedSettings()
     say = progress or logger.info
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(find_checkpoint(model, revision))
     say("loading")
-    model = load_model(checkpoint.gguf or checkpoint.folder, memory=memory, **loading)
+    ours: Any = load_model(place(model), revision=revision, memory=memory, **loading)
     try:
-        runtime = model.gangline
+        runtime = ours.gangline
         say("bandwidth of disk and memory")
         before = bandwidths(runtime)
         runs = settings.warmup + settings.repetitions
         samples = []
         for run in range(runs):
             say(f"run {run + 1} of {runs}")
-            samples.append(_one_run(model, tokenizer, settings, settings.seed + run))
+            samples.append(_one_run(ours, tokenizer, settings, settings.seed + run))
         peak = peak_resident_bytes()
         after = bandwidths(runtime)
         samples = samples[settings.warmup :]
@@ -142,7 +145,7 @@ def bench_model(
         hits, misses = sum(item.hits for item in samples), sum(item.misses for item in samples)
         read = sum(item.bytes_read for item in samples) / (tokens * len(samples))
         return SpeedReport(
-            model=checkpoint.name,
+            model=name or str(model),
             banner=runtime.banner(),
             prompt_tokens=settings.prompt_tokens,
             new_tokens=settings.new_tokens,
@@ -154,10 +157,10 @@ def bench_model(
             peak_resident_bytes=peak,
             hit_rate={"host": hits / (hits + misses) if hits + misses else None},
             miss_bytes_per_token=read,
-            bound=decode_bound(model, read, decode.median, (before, after)),
+            bound=decode_bound(ours, read, decode.median, (before, after)),
         )
     finally:
-        model.gangline.close()
+        ours.gangline.close()
 
 
 def peak_resident_bytes() -> int | None:
