@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -28,9 +29,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, StrictDataclassError) as error:
         raise UnsupportedModelError(
-            f"{folder}: transformers {transformers.__version__} does not know this architecture "
+            f"{folder}: transformers {transformers.__version__} cannot read this configuration "
             f"({str(error).splitlines()[0]}); use a newer transformers or another model"
         ) from error
     except OSError as error:

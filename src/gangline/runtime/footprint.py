@@ -109,26 +109,38 @@ def _width(tensor: torch.Tensor, dtype: torch.dtype) -> int:
 def _kv_per_token(config: Any, dtype: torch.dtype) -> int:
     """Keys and values as transformers' caches keep them: expanded, for latent attention as well."""
 
-    def read(name: str, default: int = 0) -> int:
-        return int(getattr(config, name, None) or default)
-
-    hidden = read("hidden_size", read("d_model"))
-    heads = read("num_attention_heads", read("num_heads", 1))
-    layers = read("num_hidden_layers", read("num_layers", 1))
-    if read("kv_lora_rank"):
-        width = heads * (read("qk_nope_head_dim") + read("qk_rope_head_dim") + read("v_head_dim"))
+    hidden = _read(config, "hidden_size") or _read(config, "d_model")
+    heads = _read(config, "num_attention_heads") or _read(config, "num_heads") or 1
+    layers = _read(config, "num_hidden_layers") or _read(config, "num_layers") or 1
+    if _read(config, "kv_lora_rank"):
+        parts = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        width = heads * sum(_read(config, part) for part in parts)
     else:
-        head_dim = read("head_dim", read("d_kv", hidden // heads))
-        width = 2 * read("num_key_value_heads", heads) * head_dim
+        head_dim = _read(config, "head_dim") or _read(config, "d_kv") or hidden // heads
+        width = 2 * (_read(config, "num_key_value_heads") or heads) * head_dim
     crossing = 2 if getattr(config, "is_encoder_decoder", False) else 1
     return layers * crossing * width * dtype.itemsize
+
+
+def _read(config: Any, name: str) -> int:
+    """Read a size; the largest one where it differs between layers; 0 where there is none."""
+    layers = getattr(config, "per_layer_config", None)
+    sources = [config] if not layers else list(layers.values() if isinstance(layers, dict) else layers)
+    values = []
+    for source in sources:
+        try:
+            value = getattr(source, name, None)
+        except AttributeError:  # transformers raises a kind of it where only layers have the answer
+            continue
+        values.append(max(value, default=0) if isinstance(value, (list, tuple)) else value or 0)
+    return int(max(values, default=0))
 
 
 def _row_bytes(config: Any, geometry: MoEGeometry, dtype: torch.dtype) -> int:
     """Peak bytes of one row: residual stream, attention inputs, and the widest MoE layer."""
     hidden = max(layer.hidden for layer in geometry.layers)
-    heads = int(getattr(config, "num_attention_heads", 1) or 1)
-    head_dim = int(getattr(config, "head_dim", 0) or 0) or hidden // heads
+    heads = _read(config, "num_attention_heads") or 1
+    head_dim = _read(config, "head_dim") or hidden // heads
     attention = (6 * hidden + 4 * heads * head_dim) * dtype.itemsize
     routed = max(
         layer.top_k * layer.hidden * 4

@@ -77,9 +77,10 @@ class OpenedModel:
     def footprint(self, codec: str | None) -> Footprint:
         """Return the model's sizes at a precision."""
         layouts, catalog = self.layouts(codec), self.in_place(codec)
-        sizes = [_up(layout.nbytes, ALIGN) for layout in layouts]
         if catalog is not None:
             sizes = largest_reads(catalog, ALIGN)
+        else:  # an expert pack: one aligned record an expert
+            sizes = _level([_up(layout.nbytes, ALIGN) for layout in layouts])
         return measure_footprint(self.skeleton, self.dtype, self.view.geometry, layouts, tuple(sizes))
 
     def load_dense(self) -> tuple[PreTrainedModel, MoEView]:
