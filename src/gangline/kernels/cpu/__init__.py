@@ -1,7 +1,7 @@
 """The native CPU core, where it was built, and what this processor can do.
 
-The extension ``_native`` is optional: an installation without a compiler has none, and the torch reference does
-the work. Ask :func:`native` before use; nothing here raises because the extension is missing.
+The extension ``_native`` is optional: an installation without a compiler has none, and the torch reference
+does the work. Ask :func:`native` before use; nothing here raises because the extension is missing.
 """
 
 import functools
@@ -34,8 +34,8 @@ def cpu_features() -> dict[str, bool]:
     """Return instruction set extensions by name (``avx2``, ``fma``, ``avx512_vnni``, ``neon``, ...).
 
     A feature is true where the processor has it and the operating system allows it. Features of other
-    architectures are absent, so read with ``.get(name, False)``. Without the native core the answer comes from
-    the operating system.
+    architectures are absent, so read with ``.get(name, False)``. Without the native core the answer comes
+    from the operating system.
     """
     core = native()
     return dict(core.cpu_features()) if core is not None else features_from_system()

@@ -40,8 +40,8 @@ def features_from_system(
 ) -> dict[str, bool]:
     """Return feature name -> bool as the operating system reports it.
 
-    The Linux kernel drops a flag whose registers it does not save, so the flag alone is enough. Where there is
-    no ``cpuinfo`` only what the architecture guarantees is true.
+    The Linux kernel drops a flag whose registers it does not save, so the flag alone is enough. Where there
+    is no ``cpuinfo`` only what the architecture guarantees is true.
 
     Args:
         cpuinfo: file in the format of ``/proc/cpuinfo``.
