@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gangline.checkpoint.gguf import GGUFCheckpoint
+from gangline.checkpoint.gguf_plain import plain_tensors
 from gangline.checkpoint.source import ExpertsModule
-from gangline.formats import get_codec
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 96,
@@ -170,32 +170,14 @@ def rebuild(checkpoint: GGUFCheckpoint, dtype: torch.dtype = torch.float32) -> P
     model = AutoModelForCausalLM.from_config(checkpoint.config).to(dtype).eval()
     state = model.state_dict()
     filled = set()
-    for name, tensor in checkpoint.dense_tensors(dtype):
-        assert name in state and name not in filled, name
+    for name, tensor in plain_tensors(checkpoint, experts_modules(model), dtype):
+        assert name in state
+        assert name not in filled
         assert tensor.shape == state[name].shape, name
         state[name].copy_(tensor)
         filled.add(name)
-    modules = experts_modules(model)
-    source = checkpoint.expert_source(modules, dtype)
-    for layer, described in enumerate(modules):
-        module = model.get_submodule(described.prefix)
-        for expert, fields in source.read_layer(layer):
-            specs = source.layouts[layer].fields
-            assert [spec.nbytes for spec in specs] == [field.numel() for field in fields]
-            gate, up, down = (
-                get_codec(spec.codec).decode(raw, spec.shape, dtype)
-                for spec, raw in zip(specs, fields, strict=True)
-            )
-            gate_up = torch.cat([gate, up])
-            if described.interleaved:
-                gate_up = torch.stack([gate, up], dim=1).flatten(0, 1)
-            with torch.no_grad():
-                module.gate_up_proj[expert] = gate_up.T if described.transposed else gate_up
-                module.down_proj[expert] = down.T if described.transposed else down
-        filled |= {f"{described.prefix}.{part}" for part in described.params}
     model.tie_weights()
-    missing = set(state) - filled - ({"lm_head.weight"} if checkpoint.config.tie_word_embeddings else set())
-    assert not missing
+    assert set(state) - filled == ({"lm_head.weight"} if checkpoint.config.tie_word_embeddings else set())
     return model
 
 

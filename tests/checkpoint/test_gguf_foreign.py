@@ -69,6 +69,7 @@ def test_split_model_opens_from_any_part(tmp_path: Path, seed: int) -> None:
     for file in (files[0], files[-1]):
         checkpoint = GGUFCheckpoint.open(file)
         assert checkpoint.path == files[0]
+        assert checkpoint.files == tuple(files)
         assert torch.equal(model(ids).logits, rebuild(checkpoint)(ids).logits)
     catalog = checkpoint.expert_source(experts_modules(model)).catalog
     assert catalog is not None

@@ -5,14 +5,17 @@ import logging
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from checkpoint.gguf_models import tiny_model
+from gangline.checkpoint.gguf import GGUFCheckpoint
 from gangline.checkpoint.gguf_header import Strings, read_header
 from gangline.checkpoint.gguf_writer import write_gguf
-from gangline.core.errors import CheckpointError
+from gangline.core.errors import CheckpointError, GanglineError
 
 _CORPUS = [
     "It's 1234 dogs pulling the sled's rope; they'd run 56 miles.",
@@ -59,8 +62,8 @@ _KINDS = {
 }
 
 
-def _folder(tmp_path: Path, tokenizer: Tokenizer, vocab_size: int = 450) -> Path:
-    tiny_model("olmoe", vocab_size=vocab_size, bos_token_id=None, eos_token_id=None).save_pretrained(tmp_path)
+def _folder(tmp_path: Path, tokenizer: Tokenizer, family: str = "olmoe", vocab_size: int = 450) -> Path:
+    tiny_model(family, vocab_size=vocab_size, bos_token_id=None, eos_token_id=None).save_pretrained(tmp_path)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(tmp_path)
     return tmp_path
@@ -90,6 +93,68 @@ def test_vocabulary_in_the_file(tmp_path: Path, rule: str, seed: int) -> None:
     assert isinstance(kinds, tuple)
     assert kinds[:3] == (3, 3, 1)
     assert kinds[-1] == 5
+
+
+@pytest.mark.parametrize("rule", _KINDS)
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
+def test_tokenizer_comes_back(tmp_path: Path, family: str, rule: str, seed: int) -> None:
+    folder = _folder(tmp_path / "source", _KINDS[rule](), family)
+    checkpoint = GGUFCheckpoint.open(write_gguf(folder, tmp_path / "m.gguf"))
+    tokenizer, reference = checkpoint.tokenizer(), AutoTokenizer.from_pretrained(folder)
+    assert tokenizer is not None
+    # transformers reads spaces at the start of a text in another way than the tokenizer that was written.
+    texts = [text for text in _TEXTS if rule != "default" or not text.startswith(" ")]
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        assert ids == reference(text)["input_ids"], text
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text.strip()
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+
+
+def test_tokenizer_beside_a_file_without_vocabulary(tmp_path: Path, seed: int) -> None:
+    folder = _folder(tmp_path, _byte_level(pre_tokenizers.Split(Regex("[aeiou]"), "isolated"), regex=False))
+    checkpoint = GGUFCheckpoint.open(write_gguf(folder, tmp_path / "m.gguf"))
+    tokenizer, reference = checkpoint.tokenizer(), AutoTokenizer.from_pretrained(folder)
+    assert tokenizer is not None
+    assert tokenizer("a dog")["input_ids"] == reference("a dog")["input_ids"]
+
+
+def test_no_vocabulary_is_no_tokenizer(tmp_path: Path, seed: int) -> None:
+    tiny_model("olmoe").save_pretrained(tmp_path)
+    assert GGUFCheckpoint.open(write_gguf(tmp_path, tmp_path / "m.gguf")).tokenizer() is None
+
+
+def test_unknown_splitting_rule_in_a_file_warns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, seed: int
+) -> None:
+    path = write_gguf(_folder(tmp_path / "source", _byte_level(regex=True)), tmp_path / "m.gguf")
+    path.write_bytes(path.read_bytes().replace(b"\x05\0\0\0\0\0\0\0gpt-2", b"\x05\0\0\0\0\0\0\0gpt-9"))
+    with caplog.at_level(logging.WARNING, logger="gangline"):
+        assert GGUFCheckpoint.open(path).tokenizer() is not None
+    assert "'gpt-9'" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def vocabulary_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = _folder(tmp_path_factory.mktemp("vocabulary") / "source", _byte_fallback())
+    return write_gguf(folder, folder.parent / "m.gguf").read_bytes()
+
+
+@settings(max_examples=40)
+@given(places=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=20))
+def test_fuzzed_vocabulary_gives_a_tokenizer_or_our_error(tmp_path_factory, vocabulary_file, places) -> None:
+    data = bytearray(vocabulary_file)
+    first, last = data.index(b"tokenizer.ggml"), data.index(b"token_embd.weight")
+    for place, value in places:
+        data[first + int(place * (last - first - 1))] = value
+    path = tmp_path_factory.getbasetemp() / "fuzzed" / "vocabulary.gguf"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    try:
+        tokenizer = GGUFCheckpoint.open(path).tokenizer()
+        assert tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerFast)
+    except GanglineError as error:
+        assert "\n" not in str(error)
 
 
 def test_unknown_rule_is_left_out_with_a_warning(

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from gangline.checkpoint.gguf_decode import read_tensor
 from gangline.checkpoint.gguf_experts import EXPERT_WEIGHT, GGUFExpertSource, make_source
 from gangline.checkpoint.gguf_header import GGUFHeader, GGUFTensor, Value, read_header
 from gangline.checkpoint.gguf_names import Family, merge_kv_b, unpermute_heads
+from gangline.checkpoint.gguf_tokenizer import read_tokenizer
 from gangline.checkpoint.source import ExpertsModule
 from gangline.core.errors import CheckpointError, UnsupportedModelError
 
@@ -43,12 +44,14 @@ class GGUFCheckpoint:
 
     Attributes:
         path: the file, or the first of the split.
+        files: all files of the model.
         metadata: all key-value pairs (of the first file).
         tensors: all tensors by GGUF name.
         family: the llama.cpp architecture.
     """
 
     path: Path
+    files: tuple[Path, ...]
     metadata: Mapping[str, Value]
     tensors: Mapping[str, GGUFTensor]
     family: Family
@@ -64,7 +67,8 @@ class GGUFCheckpoint:
         headers = [read_header(file) for file in _split_files(Path(path))]
         tensors = _join(headers)
         first = headers[0]
-        return cls(first.path, first.metadata, tensors, family_of(first.path, first.metadata))
+        family = family_of(first.path, first.metadata)
+        return cls(first.path, tuple(header.path for header in headers), first.metadata, tensors, family)
 
     @cached_property
     def config(self) -> "PreTrainedConfig":
@@ -75,6 +79,14 @@ class GGUFCheckpoint:
             UnsupportedModelError: the metadata ask for something that transformers does not compute.
         """
         return make_config(Metadata(self.path, self.family.arch, self.metadata), self.family, self.tensors)
+
+    def tokenizer(self) -> Any | None:
+        """Return the transformers tokenizer inside or beside the file, or ``None`` if there is none.
+
+        Raises:
+            CheckpointError: transformers cannot build it.
+        """
+        return read_tokenizer(self.path, self.metadata)
 
     def dense_tensors(self, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, Tensor]]:
         """Yield every weight that is no expert matrix, under its transformers parameter name.

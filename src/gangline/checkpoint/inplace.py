@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from gangline.checkpoint.mapping import Assembly
 from gangline.checkpoint.safetensors_header import TensorEntry
 from gangline.checkpoint.safetensors_index import SafetensorsIndex
-from gangline.checkpoint.source import ModuleField
+from gangline.checkpoint.source import ExpertsModule, ModuleField
 from gangline.core.layout import Extent, FieldSpec
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class FieldPlan:
 
 
 def plan_in_place(
-    index: SafetensorsIndex, assembly: Assembly, field: ModuleField, experts: int, interleaved: bool
+    index: SafetensorsIndex, assembly: Assembly, field: ModuleField, module: ExpertsModule
 ) -> list[FieldPlan] | None:
     """Express a parameter's conversion as byte ranges per expert.
 
@@ -49,7 +49,7 @@ def plan_in_place(
     """
     operations = assembly.converter.operations if assembly.converter is not None else []
     steps = _read_steps(operations, field.transposed)
-    if steps is None or (steps.joined and (field.name != "gate_up" or interleaved)):
+    if steps is None or (steps.joined and (field.name != "gate_up" or module.interleaved)):
         return None
     patterns = assembly.converter.source_patterns if assembly.converter is not None else [""]
     parts = [[index.entry(name) for name in assembly.sources[pattern]] for pattern in patterns]
@@ -60,7 +60,7 @@ def plan_in_place(
         rows, columns = (rows, columns // 2) if field.transposed else (rows // 2, columns)
     plans = []
     for name, entries in zip(("gate", "up") if steps.joined else (field.name,), parts, strict=True):
-        plan = _plan_part(entries, name, (rows, columns), field.transposed, experts, steps)
+        plan = _plan_part(entries, name, (rows, columns), field, module, steps)
         if plan is None:
             return None
         plans.append(plan)
@@ -100,33 +100,44 @@ def _plan_part(
     entries: list[TensorEntry],
     name: str,
     shape: tuple[int, int],
-    transposed: bool,
-    experts: int,
+    field: ModuleField,
+    module: ExpertsModule,
     steps: _Steps,
 ) -> FieldPlan | None:
     dtypes = {entry.dtype for entry in entries}
     if len(dtypes) != 1 or not dtypes <= CODECS.keys():
         return None
-    stored, flipped = shape, transposed
-    whole = entries[0].shape == (experts, *shape)
+    stored, flipped = shape, field.transposed
+    slices = _slices(field, module)
+    whole = entries[0].shape == (slices, *shape)
     if steps.swapped and not (steps.swap_checks and whole):
-        stored, flipped = (shape[1], shape[0]), not transposed
-    nbytes = sum(entry.nbytes for entry in entries) // experts
+        stored, flipped = (shape[1], shape[0]), not field.transposed
+    nbytes = sum(entry.nbytes for entry in entries) // slices
     if steps.stacked:
-        if len(entries) != experts or any(entry.shape != stored for entry in entries):
+        if len(entries) != slices or any(entry.shape != stored for entry in entries):
             return None
-        pieces = tuple((Extent(entry.file, entry.offset, entry.nbytes),) for entry in entries)
+        pieces = tuple(
+            (Extent(entry.file, entry.offset, entry.nbytes),) for entry in entries[: module.experts]
+        )
     else:
         entry = entries[0]
-        if len(entries) != 1 or entry.shape not in _fused_shapes(experts, stored):
+        if len(entries) != 1 or entry.shape not in _fused_shapes(slices, stored):
             return None
-        pieces = tuple((Extent(entry.file, entry.offset + i * nbytes, nbytes),) for i in range(experts))
+        pieces = tuple(
+            (Extent(entry.file, entry.offset + i * nbytes, nbytes),) for i in range(module.experts)
+        )
     return FieldPlan(FieldSpec(name, stored, CODECS[dtypes.pop()], nbytes, flipped), pieces)
 
 
-def _fused_shapes(experts: int, stored: tuple[int, int]) -> list[tuple[int, ...]]:
+def _slices(field: ModuleField, module: ExpertsModule) -> int:
+    """Experts that a parameter has room for: in some models more than are real (LongCat's identity experts)."""
+    shape = module.params.get(field.parameter, ())
+    return shape[0] if len(shape) == 3 else module.experts
+
+
+def _fused_shapes(slices: int, stored: tuple[int, int]) -> list[tuple[int, ...]]:
     """(E, rows, columns), or the flat (E * rows, columns) of modules that keep two dimensions."""
-    return [(experts, *stored), (experts * stored[0], stored[1])]
+    return [(slices, *stored), (slices * stored[0], stored[1])]
 
 
 def plan_each(index: SafetensorsIndex, assemblies: list[Assembly], field: ModuleField) -> FieldPlan | None:

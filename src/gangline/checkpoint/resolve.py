@@ -54,10 +54,20 @@ def resolve_index(
     With the index of a Hub model the layouts are right, and nothing can be read.
     """
     targets = {name for module in modules for field in module.fields for name in _targets(module, field)}
-    assemblies = assemble(index.tensors, model, targets, where)
+    twins = _tied(model, targets)
+    assemblies = assemble(index.tensors, model, targets | set(twins.values()), where)
+    for target, twin in twins.items():
+        if target not in assemblies and twin in assemblies:
+            assemblies[target] = assemblies[twin]
     resolver = _Resolver(index, where, model, modules, assemblies, dtype)
     layers = [resolver.layer(number, module) for number, module in enumerate(modules)]
     return SafetensorsSource(index, layers, where)
+
+
+def _tied(model: "PreTrainedModel", targets: set[str]) -> dict[str, str]:
+    """Parameters that share their weights with another one, of which a checkpoint keeps only one copy."""
+    pairs = getattr(model, "all_tied_weights_keys", {}).items()
+    return {one: other for pair in pairs for one, other in (pair, pair[::-1]) if one in targets}
 
 
 def _targets(module: ExpertsModule, field: ModuleField) -> list[str]:
@@ -111,7 +121,7 @@ class _Resolver:
         elif assemblies[0].packed:
             plan = plan_packed(self.index, assemblies[0], field, module.experts)
         else:
-            return plan_in_place(self.index, assemblies[0], field, module.experts, module.interleaved)
+            return plan_in_place(self.index, assemblies[0], field, module)
         return None if plan is None else [plan]
 
     def _convert(

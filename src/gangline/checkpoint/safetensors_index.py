@@ -4,8 +4,9 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from gangline.checkpoint.hub import hub_errors
 from gangline.checkpoint.safetensors_header import TensorEntry, parse_header, read_header
@@ -133,7 +134,7 @@ class SafetensorsIndex:
                 f"{self.files[entry.file]}: tensor {name} has dtype {entry.dtype}, which torch lacks"
             )
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
-        with self.files[entry.file].open("rb", buffering=0) as stream:
+        with open_for_reads(self.files[entry.file]) as stream:
             read_into(stream, entry.offset, buffer, self.files[entry.file])
         return (
             buffer.view(dtype).reshape(entry.shape) if entry.nbytes else torch.empty(entry.shape, dtype=dtype)
@@ -153,7 +154,17 @@ class SafetensorsIndex:
         return iter(self.tensors.values())
 
 
-def read_into(stream: BinaryIO, offset: int, buffer: "torch.Tensor", path: Path) -> None:
+def open_for_reads(path: Path) -> FileIO:
+    """Open a file without a buffer for :func:`read_into`; :class:`CheckpointError` if that is impossible."""
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); check the path and its rights"
+        ) from error
+
+
+def read_into(stream: FileIO, offset: int, buffer: "torch.Tensor", path: Path) -> None:
     """Fill a 1-D uint8 CPU tensor from ``offset`` of an unbuffered file.
 
     Raises:

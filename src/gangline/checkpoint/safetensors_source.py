@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gangline.checkpoint.convert import Conversion
 from gangline.checkpoint.inplace import FieldPlan
-from gangline.checkpoint.safetensors_index import SafetensorsIndex, read_into
+from gangline.checkpoint.safetensors_index import SafetensorsIndex, open_for_reads, read_into
 from gangline.core.errors import CheckpointError
 from gangline.core.keys import ExpertKey
 from gangline.core.layout import ExpertCatalog, ExpertLayout, Extent
@@ -77,16 +77,14 @@ class SafetensorsSource:
             )
         plan = self._layers[layer]
         made = {
-            at: _rows(conversion.run(self._index), plan.experts)
+            at: _rows(conversion.run(self._index), plan.fields[at].spec.nbytes)
             for at, conversion in plan.conversions.items()
         }
         with ExitStack() as stack:
             wanted = {
                 piece.file for field in plan.fields for pieces in field.pieces or () for piece in pieces
             }
-            streams = {}
-            for file in sorted(wanted):
-                streams[file] = stack.enter_context(self._index.files[file].open("rb", buffering=0))
+            streams = {file: stack.enter_context(open_for_reads(self._index.files[file])) for file in wanted}
             for expert in range(plan.experts):
                 fields = []
                 for at, field in enumerate(plan.fields):
@@ -103,6 +101,6 @@ class SafetensorsSource:
                 yield expert, tuple(fields)
 
 
-def _rows(parameter: Tensor, experts: int) -> Tensor:
+def _rows(parameter: Tensor, nbytes: int) -> Tensor:
     """The bytes of a parameter, one row per expert; flat parameters keep their experts one after another."""
-    return parameter.contiguous().view(experts, -1).view(torch.uint8)
+    return parameter.contiguous().view(-1).view(torch.uint8).view(-1, nbytes)
