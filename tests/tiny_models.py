@@ -1,8 +1,8 @@
 """Tiny random models of every MoE family in transformers, built from their own config classes.
 
-``tiny_model("mixtral", seed=0)`` gives a real transformers model of a few thousand parameters;
-``model(**tiny_inputs(model))`` runs it. Every parameter and buffer that routing reads is random, so that no bias,
-scale or table is left at a value that hides it.
+``tiny_model("mixtral", seed=0)`` gives a real transformers model of some ten thousand parameters;
+``model(**tiny_inputs(model))`` runs it. Every parameter and buffer that routing reads is random, so that no
+bias, scale or table is left at a value that hides it.
 """
 
 import importlib
@@ -85,6 +85,10 @@ _COMMON: dict[str, Any] = {
     "projector_hidden_size": 32,
     "projection_hidden_dim": 32,
     "num_position_embeddings": 16,
+    "vision_output_dim": 32,
+    "projector_input_dim": 32,
+    "projector_output_dim": 32,
+    "init_std": 0.3,
     "position_embedding_size": 16,
     "initializer_range": 0.3,
     "attention_dropout": 0.0,
@@ -234,6 +238,55 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     },
     "solar_open": {},
     "unlimited_ocr": {},
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 3,
+        "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": EXPERTS, "moe_top_k": 3},
+    },
+    "jetmoe": {"kv_channels": 8, "num_attention_heads": 6},
+    "llama4": {
+        "text_config": {
+            "intermediate_size_mlp": 40,
+            "interleave_moe_layer_step": 1,
+            "attention_chunk_size": 8,
+        }
+    },
+    "longcat_flash": {
+        **_MLA,
+        "num_layers": 2,
+        "ffn_hidden_size": 40,
+        "expert_ffn_hidden_size": 24,
+        "zero_expert_num": 4,
+    },
+    "nllb_moe": {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 24,
+        "encoder_sparse_step": 1,
+        "decoder_sparse_step": 1,
+        "router_bias": True,
+        "router_ignore_padding_tokens": False,
+    },
+    "step3p7": {"text_config": {**_SPARSE, "swiglu_limits": [0.0, 0.5, 0.7]}},
+    "switch_transformers": {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 24,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_heads": 4,
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+        "expert_capacity": 3,
+        "initializer_factor": 2.0,
+    },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
 

@@ -1,4 +1,4 @@
-"""One view of every MoE family in transformers: blocks, routers, layouts, and where our computation plugs in."""
+"""One view of every MoE family in transformers: blocks, routers, layouts, and where our experts plug in."""
 
 from gangline.models.access import (
     drop_expert_params,

@@ -23,10 +23,10 @@ _MATH_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-
 def check_conformance(view: MoEView, rows: int = 64) -> None:
     """Compare our view with the model on random rows, layer by layer.
 
-    Routing: ``rows`` random inputs go through an fp32 copy of the model's router and through ``select``; ids must be
-    equal and weights equal within 1e-6. A block without ``router_spec`` is passed over: it runs with the ids and
-    weights that its router gives. Experts: the first and the last expert of each layer compute four rows through the
-    module and through the reference kernel; passed over where the module no longer holds its weights.
+    Routing: ``rows`` random inputs go through an fp32 copy of the model's router and through ``select``; ids
+    must be equal and weights equal within 1e-6. A block without ``router_spec`` is passed over: it runs with
+    the ids and weights that its router gives. Experts: the first and the last expert of each layer compute
+    four rows through the module and through the reference kernel; passed over if the module holds no weights.
 
     Raises:
         ConformanceError: naming family, layer and what differs.
@@ -46,7 +46,7 @@ def _check_router(
     router = cast(nn.Module, block.router)
     if next(router.parameters()).is_meta:
         raise ConformanceError(
-            f"{_place(view, block)}: its router has no weights yet (meta device); load the model before checking it"
+            f"{_place(view, block)}: its router has no weights yet (meta device); load the model first"
         )
     # fp32, so that what is compared is the rule and not the rounding of the model's dtype.
     shadow = replace(block, router=copy.deepcopy(router).float().eval())
@@ -59,13 +59,13 @@ def _check_router(
     problem = _difference(theirs, select(z_TC, spec, tokens_T), block.geometry.experts)
     if problem:
         raise ConformanceError(
-            f"{_place(view, block)}: the rule for {type(router).__name__} ({spec.kind}) does not give its routing: "
-            f"{problem}; report this transformers version to gangline, or run without routing changes"
+            f"{_place(view, block)}: the rule for {type(router).__name__} ({spec.kind}) does not give "
+            f"its routing: {problem}; report this transformers version to gangline"
         )
 
 
 def _difference(theirs: Routed, ours: Selection, experts: int) -> str:
-    """Return what differs, or an empty string. Slots may come in any order; a slot of weight 0 holds no expert."""
+    """Return what differs, or an empty string; slots come in any order, one of weight 0 holds no expert."""
     classes = 1 + max(experts, int(theirs.ids_TK.max()), int(ours.ids_TK.max()))
     dense = [
         torch.zeros(len(ids_TK), classes).scatter_add_(1, ids_TK.cpu(), weights_TK.float().cpu())
@@ -92,8 +92,9 @@ def _check_experts(view: MoEView, block: MoEBlock, generator: torch.Generator) -
     worst = float((theirs_TD - ours_TD).abs().max())
     if not worst <= _MATH_TOLERANCE[weights.dtype] * scale:
         raise ConformanceError(
-            f"{_place(view, block)}: {type(block.experts).__name__} computes something else than gangline's reference "
-            f"(difference {worst:.2e} at values up to {scale:.2e}); report this transformers version to gangline"
+            f"{_place(view, block)}: {type(block.experts).__name__} computes something else than gangline's "
+            f"reference (difference {worst:.2e} at values up to {scale:.2e}); "
+            "report this transformers version to gangline"
         )
 
 
@@ -114,10 +115,8 @@ def _weight(router: nn.Module) -> Tensor:
     own = router._parameters.get("weight")
     if own is not None:
         return own
-    return cast(
-        Tensor,
-        next(m.weight for m in itertools.islice(router.modules(), 1, None) if isinstance(m, nn.Linear)),
-    )
+    linear = next(m for m in itertools.islice(router.modules(), 1, None) if isinstance(m, nn.Linear))
+    return linear.weight
 
 
 def _place(view: MoEView, block: MoEBlock) -> str:

@@ -21,15 +21,25 @@ def find_moe(model: nn.Module) -> MoEView:
         adapter = next((a for a in ADAPTERS if a.claims(module)), None)
         if adapter is not None:
             blocks.append(adapter.describe(model, name, module, len(blocks)))
+    _mark_shared_weights(blocks)
     _refuse_unknown(model, [block.parent_name for block in blocks])
     if not blocks:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no MoE layer: it is a dense model, and gangline has nothing to place; "
-            "run it with transformers alone, or make a MoE of it with gangline convert"
+            f"{type(model).__name__} has no MoE layer: it is a dense model, and gangline has nothing "
+            "to place; run it with transformers alone, or make a MoE of it with gangline convert"
         )
     family = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
     notes = tuple(dict.fromkeys(note for block in blocks for note in block.notes))
     return MoEView(model, family, blocks, notes)
+
+
+def _mark_shared_weights(blocks: list[MoEBlock]) -> None:
+    """Name the first layer with the same parameters (diffusion_gemma ties its decoder to its encoder)."""
+    first: dict[int, int] = {}
+    for block in blocks:
+        parameter = next(iter(block.experts.parameters()))
+        layer = first.setdefault(id(parameter), block.layer)
+        block.same_weights_as = None if layer == block.layer else layer
 
 
 def _refuse_unknown(model: nn.Module, known: list[str]) -> None:
@@ -41,8 +51,8 @@ def _refuse_unknown(model: nn.Module, known: list[str]) -> None:
         around = any(path.startswith(f"{name}.") for path in known)
         if not inside and not around and not _below_dense_by_choice(model, name):
             raise UnsupportedModelError(
-                f"{type(module).__name__} ({name or 'the model'}) of {type(model).__name__} holds experts in a way "
-                "that gangline does not know; see the table of supported models in the documentation"
+                f"{type(module).__name__} ({name or 'the model'}) of {type(model).__name__} holds experts "
+                "in a way that gangline does not know; see the table of supported models in the documentation"
             )
 
 

@@ -1,7 +1,7 @@
 """What a family's router does after its logits, as data, and the one function that does it.
 
-Shape suffixes: T tokens, C classes of the router (experts, then classes that are not experts), K chosen, G groups,
-V vocabulary.
+Shape suffixes: T tokens, C classes of the router (experts, then classes that are not experts), K chosen,
+G groups, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -54,18 +54,20 @@ class RouterSpec:
 
     Attributes:
         k: experts per token.
-        score: how a logit becomes a weight: ``softmax`` and ``sigmoid`` over all classes, ``softmax_topk`` over the
-            chosen logits only, ``given`` if the router hands out scores already, ``sparsemixer`` (arXiv 2409.12136).
+        score: how a logit becomes a weight: ``softmax`` and ``sigmoid`` over all classes, ``softmax_topk``
+            over the chosen logits only, ``given`` if the router hands out scores already, ``sparsemixer`` (GRIN
+            MoE, arXiv 2409.12136).
         choose_by: whether the scores or the logits decide which experts are chosen.
         bias: per-class bias that takes part in the choice only.
         groups: group limit of the choice.
         norm: ``sum`` divides the chosen weights by their sum, ``power`` by their p-norm.
         norm_eps: added to the sum. norm_min: lower bound of the sum. norm_power: p of the p-norm.
-        scale: factor of all weights. expert_scale: factor per expert. global_scale: learned factor of all weights.
+        scale: factor of all weights. expert_scale: factor per expert. global_scale: learned factor of all.
         table_VK: expert ids by token id (hash routing): the logits then give the weights only.
         shared: classes at the end that are shared experts: they share the norm, and are never chosen.
         skip_class: class that means "no expert": the router reports it as expert 0 with weight 0.
-        capacity: tokens that an expert takes from one sequence; later ones get no expert (Switch, arXiv 2101.03961).
+        capacity: tokens that an expert takes from one sequence; later ones get none (Switch Transformers, arXiv
+            2101.03961).
         jitter: sparsemixer's threshold.
         logits: where the logits come from: the router's output, or its weight times the input in fp32.
     """
@@ -91,8 +93,8 @@ class RouterSpec:
 
     @property
     def kind(self) -> str:
-        """A short name of the rule for tables and messages, for example ``sigmoid+bias, 4/8 groups, norm``."""
-        words = [self.score]
+        """A short name of the rule for tables and messages, such as ``sigmoid+bias, norm``."""
+        words: list[str] = [self.score]
         words += ["+bias"] if self.bias else []
         words += (
             [f", {self.groups.keep}/{self.groups.count} groups by {self.groups.score}"] if self.groups else []
@@ -162,11 +164,11 @@ def _choose(z_TC: Tensor, score_TC: Tensor, spec: RouterSpec, token_ids_T: Tenso
         choice_TC = choice_TC + spec.bias.get().float().reshape(-1)
     if spec.groups is not None:
         choice_TC = _limit_groups(choice_TC, spec.groups)
-    return choice_TC.topk(spec.k, dim=-1).indices
+    return torch.topk(choice_TC, spec.k, dim=-1).indices
 
 
 def _limit_groups(choice_TC: Tensor, groups: Groups) -> Tensor:
-    by_group = choice_TC.unflatten(-1, (groups.count, -1))
+    by_group: Tensor = choice_TC.view(len(choice_TC), groups.count, -1)
     if groups.score == "max":
         group_score_TG = by_group.amax(dim=-1)
     else:
@@ -180,7 +182,8 @@ def _normalise(weights_TK: Tensor, shared_TC: Tensor, spec: RouterSpec) -> Tenso
     if spec.norm == "none":
         return weights_TK
     if spec.norm == "power":
-        return weights_TK / weights_TK.norm(p=spec.norm_power, dim=-1, keepdim=True)
+        length_T1: Tensor = torch.linalg.vector_norm(weights_TK, ord=spec.norm_power, dim=-1, keepdim=True)
+        return weights_TK / length_T1
     total_T1 = weights_TK.sum(dim=-1, keepdim=True) + shared_TC.sum(dim=-1, keepdim=True)
     if spec.norm_min:
         total_T1 = total_T1.clamp(min=spec.norm_min)

@@ -1,8 +1,8 @@
 """From a router module to its ``RouterSpec``.
 
-Sizes, biases, groups, scales and switches are read from the module's attributes, which the families name alike. Only
-what stands in a router's source and nowhere else is listed here by class name: how logits become scores, and how
-weights are normalised where no attribute says so. ``check_conformance`` proves each entry on the real router.
+Sizes, biases, groups, scales and switches are read from the module's attributes, which families name alike.
+Only what stands in a router's source and nowhere else is listed here by class name: how logits become scores,
+and how weights are normalised where no attribute says so. ``check_conformance`` proves each entry.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class RouterUnknownError(Exception):
 
 @dataclass(frozen=True)
 class _Rule:
-    """What only the source of a router says. ``norm`` yields to the attribute ``norm_topk_prob`` where there is one."""
+    """What only a router's source says; ``norm`` yields to the attribute ``norm_topk_prob`` if there is one."""
 
     score: Score
     choose_by: Literal["score", "logit"] = "score"
@@ -40,26 +40,37 @@ _TOPK_SOFTMAX = _Rule("softmax_topk", choose_by="logit")
 
 _CLASSES: dict[_Rule, str] = {
     _SOFTMAX: "JambaTopKRouter LongcatFlashTopkRouter",
-    _SOFTMAX_NORM: """MixtralTopKRouter MiniMaxTopKRouter OlmoeTopKRouter FlexOlmoTopKRouter MellumTopKRouter
-        Qwen2MoeTopKRouter Qwen3MoeTopKRouter Qwen3NextTopKRouter Qwen3VLMoeTextTopKRouter Qwen3OmniMoeTextTopKRouter
-        Qwen3OmniMoeThinkerTextTopKRouter Qwen3OmniMoeTalkerTextTopKRouter Qwen3_5MoeTopKRouter Qwen4ExpTextTopKRouter
-        HunYuanMoEV1Gate Ernie4_5_MoeTopKRouter Ernie4_5_VLMoeMoeTopKRouter""",
+    _SOFTMAX_NORM: """
+        MixtralTopKRouter MiniMaxTopKRouter OlmoeTopKRouter FlexOlmoTopKRouter MellumTopKRouter
+        Qwen2MoeTopKRouter Qwen3MoeTopKRouter Qwen3NextTopKRouter Qwen3VLMoeTextTopKRouter
+        Qwen3OmniMoeTextTopKRouter Qwen3OmniMoeThinkerTextTopKRouter
+        Qwen3OmniMoeTalkerTextTopKRouter Qwen3_5MoeTopKRouter Qwen4ExpTextTopKRouter
+        HunYuanMoEV1Gate Ernie4_5_MoeTopKRouter Ernie4_5_VLMoeMoeTopKRouter
+    """,
     _SOFTMAX_MAX_GROUPS: "DeepseekV2TopkRouter DeepseekOcr2TextTopkRouter UnlimitedOcrTextTopkRouter",
     _SOFTMAX_PAIR_GROUPS: "Mistral4TopkRouter MistralLarge4TextTopkRouter",
-    _SIGMOID_EPS: """DeepseekV3TopkRouter DeepseekV32TopkRouter Glm4MoeTopkRouter Glm4MoeLiteTopkRouter
-        Glm4vMoeTextTopkRouter Glm5NextTextTopkRouter GlmMoeDsaTopkRouter Dots1TopkRouter Dots3NoteTextTopkRouter
-        Dots3NoteVisionTopKRouter KimiLinearTopkRouter BailingHybridTopkRouter AXK1TopkRouter ExaoneMoeTopkRouter
-        SolarOpenTopkRouter MiMoV2FlashTopkRouter HYV3TopKRouter HYV4TopkRouter NemotronHTopkRouter BeamTopKRouter
-        AfmoeTokenChoiceRouter""",
+    _SIGMOID_EPS: """
+        DeepseekV3TopkRouter DeepseekV32TopkRouter Glm4MoeTopkRouter Glm4MoeLiteTopkRouter
+        Glm4vMoeTextTopkRouter Glm5NextTextTopkRouter GlmMoeDsaTopkRouter Dots1TopkRouter
+        Dots3NoteTextTopkRouter Dots3NoteVisionTopKRouter KimiLinearTopkRouter
+        BailingHybridTopkRouter AXK1TopkRouter ExaoneMoeTopkRouter SolarOpenTopkRouter
+        MiMoV2FlashTopkRouter HYV3TopKRouter HYV4TopkRouter NemotronHTopkRouter BeamTopKRouter
+        AfmoeTokenChoiceRouter
+    """,
     replace(_SIGMOID_EPS, group_fill=0.0): "AXK2TopkRouter",
     replace(_SIGMOID_NORM, eps=1e-15): "MuseSparkTopkRouter",
     replace(_SIGMOID_NORM, eps=1e-6): "Lfm2MoeTopKRouter",
-    _SIGMOID_NORM: """MiniMaxM2TopKRouter MiniMaxM3VLTopKRouter Step3p7TopKRouter LagunaTopKRouter FlintTopKRouter
-        InklingTopkRouter""",
+    _SIGMOID_NORM: """
+        MiniMaxM2TopKRouter MiniMaxM3VLTopKRouter Step3p7TopKRouter LagunaTopKRouter FlintTopKRouter
+        InklingTopkRouter
+    """,
     replace(_SIGMOID_NORM, choose_by="logit"): "Kolibri1TopKRouter",
     _Rule("sigmoid", choose_by="logit"): "Llama4Router",
-    _TOPK_SOFTMAX: """GptOssTopKRouter OpenAIPrivacyFilterTopKRouter GraniteMoeTopKRouter GraniteMoeSharedTopKRouter
-        GraniteMoeHybridTopKRouter GraniteMoeSWATopKRouter AriaTextTopKRouter JetMoeTopKGating""",
+    _TOPK_SOFTMAX: """
+        GptOssTopKRouter OpenAIPrivacyFilterTopKRouter GraniteMoeTopKRouter
+        GraniteMoeSharedTopKRouter GraniteMoeHybridTopKRouter GraniteMoeSWATopKRouter
+        AriaTextTopKRouter JetMoeTopKGating
+    """,
     _Rule("given", norm="sum"): "Gemma4TextRouter DiffusionGemmaTextRouter",
 }
 

@@ -5,7 +5,7 @@ Shape suffixes: T tokens, K chosen experts per token, D hidden, E experts.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypedDict
 
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ from gangline.kernels.reference import ExpertMath
 from gangline.models.router import RouterSpec
 
 ExpertsForward = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``forward(x_TD, ids_TK, weights_TK) -> y_TD``. An id outside ``[0, E)`` is an empty slot and must be skipped."""
+"""``forward(x_TD, ids_TK, weights_TK) -> y_TD``; an id outside ``[0, E)`` is an empty slot to be skipped."""
 
 Undo = Callable[[], None]
 
@@ -33,7 +33,7 @@ class StoredField:
 
     Attributes:
         name: ``gate_up``, ``gate``, ``up`` or ``down``.
-        parameter: path below the experts module; ``{expert}`` stands for the id where each expert is a module.
+        parameter: path below the experts module; ``{expert}`` stands for the id if each expert is a module.
         shape: rows and columns of one expert's matrix as stored.
         transposed: whether these are ``(in, out)``.
     """
@@ -42,6 +42,17 @@ class StoredField:
     parameter: str
     shape: tuple[int, int]
     transposed: bool = False
+
+
+class LayoutFlags(TypedDict, total=False):
+    """The layout flags of ``MoEBlock``; a missing one has its default."""
+
+    has_gate: bool
+    interleaved: bool
+    transposed: bool
+    has_bias: bool
+    has_post_norm: bool
+    default_gate: bool
 
 
 class Adapter(Protocol):
@@ -94,7 +105,12 @@ class MoEBlock:
         param_names: parameters of ``experts`` that the store takes over, one per field.
         param_shapes: their full shapes, kept because dropping the parameters forgets them.
         adapter: how to install our computation.
+        has_gate: whether there is a gate matrix. interleaved: whether gate and up columns alternate.
+        transposed: whether matrices are stored (in, out). has_bias: whether experts have biases.
+        has_post_norm: whether an expert's output is normalised before weighting.
+        default_gate: whether the gate function is the usual ``act(gate) * up``.
         router_spec: the family's routing rule, or None with the reason in ``router_reason``.
+        same_weights_as: an earlier layer that holds the very same parameters, if there is one.
         notes: facts about this layer that a user should be told.
     """
 
@@ -118,6 +134,7 @@ class MoEBlock:
     default_gate: bool = True
     router_spec: RouterSpec | None = None
     router_reason: str = ""
+    same_weights_as: int | None = None
     notes: tuple[str, ...] = ()
 
     @property

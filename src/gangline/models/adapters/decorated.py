@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, _default_apply_gate
 
 from gangline.models.adapters.stacked import StackedAdapter, stock_forward
-from gangline.models.view import ExpertsForward, MoEBlock, Undo
+from gangline.models.view import ExpertsForward, LayoutFlags, MoEBlock, Undo
 
 IMPLEMENTATION = "gangline"
 _FORWARD = "_gangline_forward"
@@ -56,7 +56,7 @@ class DecoratedAdapter(StackedAdapter):
             hasattr(module, name) for name in ("_apply_gate", "is_concatenated", "is_transposed", "has_bias")
         )
 
-    def flags(self, module: nn.Module) -> dict[str, bool]:
+    def flags(self, module: nn.Module) -> LayoutFlags:
         """Read the decorator's flags."""
         return {
             "has_gate": bool(module.has_gate),
@@ -68,7 +68,7 @@ class DecoratedAdapter(StackedAdapter):
         }
 
     def install(self, block: MoEBlock, forward: ExpertsForward) -> Undo:
-        """Select our experts function on the module's config; undoing the last block restores the former one."""
+        """Select our experts function on the module's config; the last undo restores the former one."""
         module, config = block.experts, cast(Any, block.experts.config)
         chosen = _selected.setdefault(id(config), _Selected(config, config._experts_implementation, 0))
         chosen.blocks += 1

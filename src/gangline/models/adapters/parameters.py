@@ -20,7 +20,8 @@ def get_parameter(module: nn.Module, path: str) -> Tensor:
     parameter = owner._parameters.get(name)
     if parameter is None:
         raise UnsupportedModelError(
-            f"{type(module).__name__} has no parameter {path}; if gangline is attached to this model, detach it first"
+            f"{type(module).__name__} has no parameter {path}; "
+            "if gangline is attached to this model, detach it first"
         )
     return parameter
 

@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from gangline.core.errors import UnsupportedModelError
@@ -15,7 +14,7 @@ from gangline.core.geometry import LayerGeometry
 from gangline.kernels.reference import ExpertMath
 from gangline.models.adapters.parameters import get_parameter, set_parameter
 from gangline.models.router_table import RouterUnknownError, router_spec
-from gangline.models.view import Adapter, ExpertsForward, MoEBlock, Routed, StoredField, Undo
+from gangline.models.view import Adapter, ExpertsForward, LayoutFlags, MoEBlock, Routed, StoredField, Undo
 
 _ROUTER_NAMES = ("gate", "router")
 # These two read the sequence length off their input, so rows must come as one sequence.
@@ -23,7 +22,7 @@ _SEQUENCE_ROUTERS = ("AfmoeTokenChoiceRouter", "ZayaRouter")
 
 
 class StackedAdapter(Adapter):
-    """Reads ``gate_up_proj``/``up_proj`` and ``down_proj`` of shape ``(E, ., .)``; replaces the module's forward."""
+    """Reads ``gate_up_proj``/``up_proj`` and ``down_proj``, ``(E, ., .)``; replaces the module's forward."""
 
     name = "stacked"
 
@@ -31,11 +30,11 @@ class StackedAdapter(Adapter):
         """Whether this adapter knows the module."""
         raise NotImplementedError
 
-    def flags(self, module: nn.Module) -> dict[str, bool]:
+    def flags(self, module: nn.Module) -> LayoutFlags:
         """Layout flags of the module, as fields of ``MoEBlock``."""
         return {}
 
-    def fields(self, module: nn.Module, flags: dict[str, bool]) -> tuple[StoredField, ...]:
+    def fields(self, module: nn.Module, flags: LayoutFlags) -> tuple[StoredField, ...]:
         """Where one expert's matrices lie."""
         first = "gate_up" if flags.get("has_gate", True) else "up"
         transposed = flags.get("transposed", False)
@@ -56,7 +55,8 @@ class StackedAdapter(Adapter):
             if isinstance(value, int):
                 return value
         raise UnsupportedModelError(
-            f"cannot tell how many experts a token of {type(parent).__name__} uses; report the class to gangline"
+            f"cannot tell how many experts a token of {type(parent).__name__} uses; "
+            "report the class to gangline"
         )
 
     def parent_of(self, model: nn.Module, name: str) -> tuple[str, nn.Module]:
@@ -109,7 +109,14 @@ class StackedAdapter(Adapter):
 
     def expert_tensors(self, block: MoEBlock, expert: int) -> tuple[Tensor, ...]:
         """Return slices of the stacked parameters."""
-        return tuple(get_parameter(block.experts, name).detach()[expert] for name in block.param_names)
+        return tuple(
+            self.slices(block, get_parameter(block.experts, name).detach())[expert]
+            for name in block.param_names
+        )
+
+    def slices(self, block: MoEBlock, stack: Tensor) -> Tensor:
+        """View a stacked parameter as one matrix per expert."""
+        return stack
 
     def drop(self, block: MoEBlock) -> None:
         """Forget the stacked parameters."""
@@ -126,7 +133,7 @@ class StackedAdapter(Adapter):
                     for n, t in zip(block.param_names, tensors, strict=True)
                 ]
             for stack, tensor in zip(stacks, tensors, strict=True):
-                stack[expert] = tensor
+                self.slices(block, stack)[expert] = tensor
         for name, stack in zip(block.param_names, stacks, strict=True):
             set_parameter(block.experts, name, stack)
 
@@ -229,6 +236,11 @@ def _extra_arguments(router: nn.Module, parent: nn.Module, token_ids_T: Tensor) 
     return extra
 
 
-def empty_slots(weights_TK: Tensor, ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Give slots of weight 0 the id ``experts``, so that nothing is computed for them."""
-    return weights_TK, torch.where(weights_TK == 0, experts, ids_TK)
+def gated(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return the gate function ``activation(gate) * up`` on a concatenated product."""
+
+    def apply(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return activation(gate) * up
+
+    return apply
