@@ -130,7 +130,7 @@ def _plan_part(
 
 
 def _slices(field: ModuleField, module: ExpertsModule) -> int:
-    """Experts that a parameter has room for: in some models more than are real (LongCat's identity experts)."""
+    """Experts that a parameter has room for: more than are real where some are mere identities (LongCat)."""
     shape = module.params.get(field.parameter, ())
     return shape[0] if len(shape) == 3 else module.experts
 
