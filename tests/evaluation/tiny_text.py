@@ -29,10 +29,10 @@ def tiny_tokenizer(*, chat: bool = True):
 
 
 def saved_model(
-    folder: Path, family: str, seed: int, *, text: bool = True, chat: bool = True, **more
+    folder: Path, family: str, seed: int, *, text: bool = True, chat: bool = True, shard: str = "1GB", **more
 ) -> Path:
-    """Save a tiny random model, with the tokenizer unless ``text`` is false, and return its folder."""
-    tiny_model(family, seed, **more).save_pretrained(folder)
+    """Save a tiny random model, with a tokenizer unless ``text`` is false, and return its folder."""
+    tiny_model(family, seed, **more).save_pretrained(folder, max_shard_size=shard)
     if text:
         tiny_tokenizer(chat=chat).save_pretrained(folder)
     return folder

@@ -1,5 +1,6 @@
 """One answer of a model, streamed as it comes."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -48,12 +49,23 @@ class Answer:
         prompt_tokens: tokens of the prompt.
         new_tokens: tokens of the answer.
         finished: whether the model ended it; else it was cut at the longest answer.
+        first_token_seconds: from the prompt to the first token.
+        decode_tokens_per_second: of the tokens after the first; None if there were none.
     """
 
     text: str
     prompt_tokens: int
     new_tokens: int
     finished: bool
+    first_token_seconds: float
+    decode_tokens_per_second: float | None
+
+    def banner(self, runtime_banner: str) -> str:
+        """Return the runtime's line with this answer's speed after its first part."""
+        if self.decode_tokens_per_second is None:
+            return runtime_banner
+        first, *others = runtime_banner.split(" | ")
+        return " | ".join([first, f"decode {self.decode_tokens_per_second:.1f} tok/s", *others])
 
 
 def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
@@ -91,6 +103,7 @@ def generate(
         pieces.append(text)
         emit(text)
 
+    times: list[float] = []
     prompt_tokens = int(ids_1P.shape[1])
     longest = _longest(model, prompt_tokens, options.max_new_tokens, ctx_size)
     ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
@@ -98,7 +111,7 @@ def generate(
         output = model.generate(
             ids_1P,
             attention_mask=torch.ones_like(ids_1P),
-            streamer=_streamer(tokenizer, take),
+            streamer=_streamer(tokenizer, take, times),
             max_new_tokens=longest,
             eos_token_id=ends,
             pad_token_id=_pad(model, tokenizer, ends),
@@ -107,13 +120,25 @@ def generate(
     is_decoder_only = not model.config.is_encoder_decoder
     new_tokens = int(output.shape[1]) - (prompt_tokens if is_decoder_only else 1)
     finished = int(output[0, -1]) in (ends if isinstance(ends, list) else [ends])
-    return Answer("".join(pieces), prompt_tokens, new_tokens, finished)
+    return Answer(
+        text="".join(pieces),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        finished=finished,
+        first_token_seconds=times[1] - times[0],
+        decode_tokens_per_second=(len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else None,
+    )
 
 
-def _streamer(tokenizer: Any, take: Callable[[str], None]) -> Any:
+def _streamer(tokenizer: Any, take: Callable[[str], None], times: list[float]) -> Any:
+    """Return a streamer that passes text on and notes when the prompt was given and each token came."""
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
+        def put(self, value: Any) -> None:
+            times.append(time.perf_counter())
+            super().put(value)  # type: ignore[no-untyped-call]
+
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             if text:
                 take(text)
@@ -123,8 +148,12 @@ def _streamer(tokenizer: Any, take: Callable[[str], None]) -> Any:
 
 def _longest(model: Any, prompt_tokens: int, wanted: int, ctx_size: int | None) -> int:
     """Return how long the answer may become within the context."""
-    context = ctx_size or getattr(model.config, "max_position_embeddings", None)
-    if context is None or model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder:
+        return wanted
+    plan = model.gangline.plan
+    own = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = plan.context if plan.budget is not None else ctx_size or own
+    if context is None:
         return wanted
     if prompt_tokens >= context:
         raise ContextError(

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gangline.cli.options import LoadOptions, option
+from gangline.cli.options import BudgetOptions, ComputeOptions, option
 from gangline.cli.output import Output
 from gangline.core.errors import UsageError
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 def bench(
     out: Output,
-    load: LoadOptions,
+    budget: BudgetOptions,
+    compute: ComputeOptions,
     model: Annotated[
         str | None,
         typer.Argument(metavar="[MODEL]", help="As for run; or give --shape.", show_default=False),
@@ -36,29 +37,26 @@ def bench(
     from gangline.evaluation.speed import SpeedSettings, bench_model
 
     settings = SpeedSettings(
-        prompt_tokens=prompt_tokens, new_tokens=new_tokens, repetitions=repetitions, seed=load.seed
+        prompt_tokens=prompt_tokens, new_tokens=new_tokens, repetitions=repetitions, seed=compute.seed
     )
     report = bench_model(
-        model or _make(str(shape), load),
+        model or _make(str(shape), budget),
         settings,
         name=model or shape,
-        memory=load.memory,
-        ctx_size=load.ctx_size,
         progress=out.note,
-        **load_arguments(load),
+        **load_arguments(budget, compute),
     )
     out.data(report.to_dict())
     _show(out, report)
 
 
-def _make(shape: str, load: LoadOptions) -> str:
+def _make(shape: str, budget: BudgetOptions) -> str:
     """Write the random checkpoint of a shape, unless it is there, and return its folder."""
-    import torch
-
     from gangline.benchmarks.shapes import make_shape
+    from gangline.cli.loading import torch_dtype
     from gangline.cli.progress import byte_bar
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[load.dtype or "bf16"]
+    dtype = torch_dtype(budget.dtype or "bf16")
     with byte_bar(shape) as progress:
         return str(make_shape(shape, dtype=dtype, progress=progress))
 
@@ -71,12 +69,13 @@ def _show(out: Output, report: "SpeedReport") -> None:
     bound = report.bound
     budget = "" if report.memory is None else f" of {format_size(report.memory)}"
     peak = "unknown" if report.peak_resident_bytes is None else format_size(report.peak_resident_bytes)
-    table = Table(title=report.banner, title_justify="left", box=None, show_header=False)
-    table.add_row("decode", f"{_rate(report.decode)}, {bound.share:.0%} of what the {bound.limit} allows")
+    out.show(report.banner)
+    table = Table(box=None, show_header=False)
+    table.add_row("decode", f"{_rate(report.decode)}, {bound.share:.1%} of what the {bound.limit} allows")
     table.add_row("prefill", _rate(report.prefill))
     table.add_row("peak resident", peak + budget)
     for tier, rate in report.hit_rate.items():
-        table.add_row(f"hit rate, {tier}", "-" if rate is None else f"{rate:.3f}")
+        table.add_row(f"found in {tier}", "-" if rate is None else f"{rate:.3f}")
     table.add_row("read per token", format_size(report.miss_bytes_per_token))
     table.add_row(
         "bandwidth",

@@ -5,7 +5,7 @@ import sys
 from typing import Annotated, Any
 
 from gangline.cli.answer import SamplingOptions
-from gangline.cli.options import LoadOptions, ModelArgument, option
+from gangline.cli.options import BudgetOptions, ComputeOptions, ModelArgument, option
 from gangline.cli.output import Output
 from gangline.core.errors import ContextError, UsageError
 
@@ -15,24 +15,25 @@ HELP = "/exit leaves, /reset forgets the conversation, /stats says what it took"
 def chat(
     out: Output,
     model: ModelArgument,
-    load: LoadOptions,
+    budget: BudgetOptions,
+    compute: ComputeOptions,
     sampling: SamplingOptions,
     system: Annotated[str | None, option("--system", help="Instructions before the conversation.")] = None,
 ) -> None:
     """Talk with a model within a memory budget."""
     from gangline.cli.loading import loaded
 
-    with loaded(model, load, out) as ready:
+    with loaded(model, budget, compute) as ready:
         if not ready.tokenizer.chat_template:
             raise UsageError(f"{model} has no chat template; use 'gangline run {model} PROMPT'")
         import torch
 
-        torch.manual_seed(load.seed)
-        _converse(out, ready, load, sampling, system)
+        torch.manual_seed(compute.seed)
+        _converse(out, ready, budget.ctx_size, sampling, system)
 
 
 def _converse(
-    out: Output, ready: Any, load: LoadOptions, sampling: SamplingOptions, system: str | None
+    out: Output, ready: Any, ctx_size: int | None, sampling: SamplingOptions, system: str | None
 ) -> None:
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
@@ -48,13 +49,13 @@ def _converse(
         elif line.startswith("/"):
             out.note(HELP)
         elif line:
-            _turn(out, ready, load, sampling, messages, line)
+            _turn(out, ready, ctx_size, sampling, messages, line)
 
 
 def _turn(
     out: Output,
     ready: Any,
-    load: LoadOptions,
+    ctx_size: int | None,
     sampling: SamplingOptions,
     messages: list[dict[str, str]],
     line: str,
@@ -64,9 +65,14 @@ def _turn(
 
     asked = [*messages, {"role": "user", "content": line}]
     try:
-        answer = generate(ready, chat_ids(ready.tokenizer, asked), sampling, load.ctx_size, out.stream)
+        answer = generate(ready, chat_ids(ready.tokenizer, asked), sampling, ctx_size, out.stream)
     except ContextError as error:
         out.note(f"error: {error}; /reset begins again")
+        return
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+        out.note("(stopped)")
         return
     out.stream("\n")
     messages[:] = [*asked, {"role": "assistant", "content": answer.text}]

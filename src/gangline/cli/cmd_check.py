@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gangline.cli.options import LoadOptions, ModelArgument, option
+from gangline.cli.options import ComputeOptions, ModelArgument, ModelOptions, option
 from gangline.cli.output import Output
 from gangline.cli.state import NOT_PASSED
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def check(
     out: Output,
     model: ModelArgument,
-    load: LoadOptions,
+    options: ModelOptions,
+    compute: ComputeOptions,
     share: Annotated[
         list[float], option("--share", help="Share of the experts in memory; repeat. The smallest is added.")
     ] = [1.0, 0.5, 0.25],  # noqa: B006 - typer copies it
@@ -40,10 +41,10 @@ def check(
         cache_seeds=(None, *range(1, orders)),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
-        seed=load.seed,
+        seed=compute.seed,
         reference=reference,
     )
-    report = check_model(model, settings, progress=out.note, **load_arguments(load))
+    report = check_model(model, settings, progress=out.note, **load_arguments(options, compute))
     out.data(report.to_dict())
     _show(out, report)
     if not report.passed:

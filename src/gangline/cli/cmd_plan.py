@@ -1,20 +1,61 @@
 """``gangline plan``: where each byte would go, from headers alone."""
 
+from typing import TYPE_CHECKING
+
 from gangline.cli.options import BudgetOptions, ModelArgument
 from gangline.cli.output import Output
+from gangline.core.sizes import format_size
+
+if TYPE_CHECKING:
+    from gangline.runtime.planner import MemoryPlan
 
 
 def plan(out: Output, model: ModelArgument, budget: BudgetOptions) -> None:
     """Say whether a model fits, where its bytes would go, and how fast it would be."""
     import gangline
+    from gangline.cli.loading import load_arguments
 
-    found = gangline.plan(model, memory=budget.memory, precision=budget.precision, ctx_size=budget.ctx_size)
-    if out.json:
-        out.data(found.to_dict())
-        return
+    found = gangline.plan(model, **load_arguments(budget))
+    out.data(found.to_dict())
+    _show(out, model, found)
+
+
+def _show(out: Output, model: str, plan: "MemoryPlan") -> None:
     from rich.table import Table
 
-    table = Table("what", "size", "why", title=model, title_justify="left", box=None)
-    for row in found.rows_table():
-        table.add_row(*(str(cell) for cell in row))
+    table = Table("what", "size", "why", box=None)
+    table.columns[1].justify = "right"
+    for what, size, why in plan.rows_table():
+        table.add_row(what, format_size(size), why)
+    table.add_row("peak", format_size(plan.peak), _verdict(plan))
+    kind = "exact" if plan.precision == "stored" else "approximate"
+    out.show(f"{model}: experts {'+'.join(plan.codecs)} ({kind}), {format_size(plan.expert_bytes)} in all")
     out.show(table)
+    for line in _speed(plan):
+        out.show(line)
+    for note in plan.notes:
+        out.show(f"note: {note}")
+
+
+def _verdict(plan: "MemoryPlan") -> str:
+    smallest = f"the smallest budget that works is {format_size(plan.smallest)}"
+    if plan.budget is None:
+        return smallest
+    return f"fits in {format_size(plan.budget)}; {smallest}"
+
+
+def _speed(plan: "MemoryPlan") -> list[str]:
+    """Return what the measured machine makes of the plan; nothing where it was not measured."""
+    if not plan.speed:
+        return []
+    speed = plan.speed
+    uniform, local = speed["hit_rate"]
+    return [
+        f"decode:  {_band(speed['decode_tokens_per_second'])} tokens/s, limited by {speed['bound']}",
+        f"prefill: {_band(speed['prefill_tokens_per_second'])} tokens/s",
+        f"hit rate: {uniform:.2f} with uniform routing, {local:.2f} with locality",
+    ]
+
+
+def _band(pair: list[float]) -> str:
+    return f"{pair[0]:.3g} to {pair[1]:.3g}"

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from gangline.cli.answer import SamplingOptions
-from gangline.cli.options import LoadOptions, ModelArgument, option
+from gangline.cli.options import BudgetOptions, ComputeOptions, ModelArgument, option
 from gangline.cli.output import Output
 from gangline.core.errors import UsageError
 
@@ -16,7 +16,8 @@ def run(
     out: Output,
     model: ModelArgument,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; '-' reads it from stdin.")],
-    load: LoadOptions,
+    budget: BudgetOptions,
+    compute: ComputeOptions,
     sampling: SamplingOptions,
     raw: Annotated[
         bool, option("--raw", help="Continue the prompt as it is, without a chat template.")
@@ -30,24 +31,25 @@ def run(
     from gangline.cli.answer import generate, prompt_ids
     from gangline.cli.loading import loaded
 
-    with loaded(model, load, out) as ready:
+    with loaded(model, budget, compute) as ready:
         import torch
 
-        torch.manual_seed(load.seed)
+        torch.manual_seed(compute.seed)
         answer = generate(
-            ready, prompt_ids(ready.tokenizer, text, raw=raw), sampling, load.ctx_size, out.stream
+            ready, prompt_ids(ready.tokenizer, text, raw=raw), sampling, budget.ctx_size, out.stream
         )
         runtime = ready.model.gangline
+        banner = answer.banner(runtime.banner())
         out.stream("\n")
         if not answer.finished:
             out.note(f"(cut after {answer.new_tokens} tokens; --max-new-tokens and --ctx-size allow more)")
         if stats:
-            out.note(runtime.banner())
+            out.note(banner)
         out.data(
             {
                 "model": model,
                 **dataclasses.asdict(answer),
-                "banner": runtime.banner(),
+                "banner": banner,
                 "stats": runtime.stats().to_dict(),
             }
         )

@@ -91,3 +91,5 @@ def _prepare(debug: bool) -> None:
     )
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,12 +1,12 @@
 """From the options of a command to a loaded model and its tokenizer."""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from gangline.cli.options import LoadOptions
-from gangline.cli.output import Output
+from gangline.cli.options import BudgetOptions, ComputeOptions, ModelOptions
 from gangline.core.errors import CheckpointError
 from gangline.core.sizes import parse_size
 
@@ -25,7 +25,7 @@ class Loaded:
 
 
 @contextmanager
-def loaded(model: str, options: LoadOptions, out: Output) -> Iterator[Loaded]:
+def loaded(model: str, budget: BudgetOptions, compute: ComputeOptions) -> Iterator[Loaded]:
     """Load a model with its tokenizer, and free it afterwards.
 
     Raises:
@@ -33,39 +33,37 @@ def loaded(model: str, options: LoadOptions, out: Output) -> Iterator[Loaded]:
     """
     from gangline.evaluation.plain import find_checkpoint, load_tokenizer
 
-    if options.memory is not None:
-        parse_size(options.memory)  # before anything slow
-    tokenizer = load_tokenizer(find_checkpoint(model, options.revision))
+    arguments = load_arguments(budget, compute)
+    tokenizer = load_tokenizer(find_checkpoint(model, budget.revision))
     if tokenizer is None:
         raise CheckpointError(
             f"{model} has no tokenizer, so it cannot read text; 'gangline bench' can time it"
         )
     import gangline
 
-    found = gangline.load(
-        model,
-        memory=options.memory,
-        ctx_size=options.ctx_size,
-        **load_arguments(options),
-    )
+    found = gangline.load(model, **arguments)
     try:
         yield Loaded(found, tokenizer)
     finally:
         found.gangline.close()
 
 
-def load_arguments(options: LoadOptions) -> dict[str, Any]:
-    """Return the keyword arguments of ``gangline.load`` that do not decide the budget."""
-    return {
-        "precision": options.precision,
-        "dtype": _dtype(options.dtype),
-        "threads": options.threads,
-        "io": options.io,
-        "revision": options.revision,
-    }
+def load_arguments(options: ModelOptions, compute: ComputeOptions | None = None) -> dict[str, Any]:
+    """Return the keyword arguments of ``gangline.load`` (without ``compute``: of ``gangline.plan``).
+
+    Raises:
+        UsageError: the memory size cannot be read.
+    """
+    arguments = {**dataclasses.asdict(options), "dtype": torch_dtype(options.dtype)}
+    if isinstance(options, BudgetOptions) and options.memory is not None:
+        arguments["memory"] = parse_size(options.memory)
+    if compute is not None:
+        arguments.update(threads=compute.threads, io=compute.io)
+    return arguments
 
 
-def _dtype(name: str | None) -> Any:
+def torch_dtype(name: str | None) -> Any:
+    """Return the torch type of ``--dtype``, None if it was not given."""
     if name is None:
         return None
     import torch

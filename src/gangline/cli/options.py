@@ -42,36 +42,44 @@ ModelArgument = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class BudgetOptions:
-    """What decides where each byte goes."""
+class ModelOptions:
+    """Which model it is, and in which number formats it computes."""
 
-    memory: Annotated[
-        str | None,
-        option(
-            "--memory", help="Peak resident memory of this process, for example 6GiB. (Default: no limit.)"
-        ),
-    ] = None
     precision: Annotated[
         Precision,
         option("--precision", help="Experts as stored (exact), or rounded to int8 or int4 (approximate)."),
     ] = "stored"
-    ctx_size: Annotated[
-        int | None,
-        option("--ctx-size", "-c", help="Tokens of prompt and answer together.", min=1),
-    ] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadOptions(BudgetOptions):
-    """What decides how a model is loaded and run."""
-
-    threads: Annotated[
-        int | None, option("--threads", "-t", help="CPU threads. (Default: physical cores.)", min=1)
-    ] = None
     dtype: Annotated[
         Dtype | None, option("--dtype", help="Type of activations and dense weights. (Default: as stored.)")
     ] = None
     revision: Annotated[str | None, option("--revision", help="Branch, tag or commit of a hub model.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOptions(ModelOptions):
+    """What decides where each byte goes."""
+
+    memory: Annotated[
+        str | None,
+        option("--memory", help="Peak resident memory, for example 6GiB. (Default: what is free.)"),
+    ] = None
+    ctx_size: Annotated[
+        int | None,
+        option("--ctx-size", "-c", help="Tokens of prompt and answer together.", min=1),
+    ] = None
+    batch_tokens: Annotated[
+        int | None,
+        option("--batch-tokens", help="Tokens at once; longer prompts are read in chunks.", min=1),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """How a loaded model computes; none of it changes which experts run."""
+
+    threads: Annotated[
+        int | None, option("--threads", "-t", help="CPU threads. (Default: physical cores.)", min=1)
+    ] = None
     seed: Annotated[int, option("--seed", help="Seed of every random choice.")] = 0
     io: Annotated[
         InputOutput,

@@ -111,7 +111,7 @@ def check_model(
     cases = []
     for name, slots, cache_seed in _runs(budgets, settings.cache_seeds):
         cache = "default" if cache_seed is None else f"random {cache_seed}"
-        say(f"{name} of experts in memory ({slots}), cache {cache}")
+        say(f"{name}: {slots} experts in memory, cache {cache}")
         with _loaded(**loading, expert_slots=slots, cache_seed=cache_seed) as ours:
             for batch, ids_BP in prompts.items():
                 before = ours.gangline.stats().host_misses
@@ -179,7 +179,7 @@ def _reference(
     if missing is not None:
         return _Reference(f"not run: {missing}", {}, None)
     say("plain transformers model")
-    model = load_plain(checkpoint, kind, dtype)
+    model = load_plain(checkpoint, kind, config, dtype)
     runs = _generations(model, prompts, settings.new_tokens)
     del model
     gc.collect()

@@ -5,9 +5,13 @@ from typing import Any
 
 import torch
 
+from gangline.checkpoint.gguf import GGUFCheckpoint
+from gangline.checkpoint.gguf_plain import plain_tensors
 from gangline.checkpoint.locate import LocalCheckpoint, resolve_checkpoint
 from gangline.core.errors import CheckpointError
 from gangline.core.sizes import format_size
+from gangline.models import find_moe
+from gangline.runtime.opened import experts_modules
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -51,11 +55,12 @@ def load_tokenizer(checkpoint: LocalCheckpoint) -> Any | None:
     """
     from transformers import AutoTokenizer
 
-    source = {} if checkpoint.gguf is None else {"gguf_file": checkpoint.gguf.name}
-    if not source and not any((checkpoint.folder / name).is_file() for name in _TOKENIZER_FILES):
+    if checkpoint.gguf is not None:
+        return GGUFCheckpoint.open(checkpoint.gguf).tokenizer()
+    if not any((checkpoint.folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, **source)
+        return AutoTokenizer.from_pretrained(checkpoint.folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
@@ -64,16 +69,23 @@ def load_tokenizer(checkpoint: LocalCheckpoint) -> Any | None:
         ) from error
 
 
-def load_plain(checkpoint: LocalCheckpoint, kind: Any, dtype: torch.dtype) -> Any:
-    """Return the model as transformers itself loads it, wholly in memory.
+def load_plain(checkpoint: LocalCheckpoint, kind: Any, config: Any, dtype: torch.dtype) -> Any:
+    """Return the model as transformers itself computes it, wholly in memory.
 
     Args:
         checkpoint: its files.
         kind: model class, for example that of our own loaded model.
+        config: its configuration (needed for GGUF files, whose weights we decode).
         dtype: of all weights.
     """
-    source = {} if checkpoint.gguf is None else {"gguf_file": checkpoint.gguf.name}
-    return kind.from_pretrained(checkpoint.folder, dtype=dtype, **source).eval()
+    if checkpoint.gguf is None:
+        return kind.from_pretrained(checkpoint.folder, dtype=dtype).eval()
+    model = kind._from_config(config, dtype=dtype).eval()
+    state = model.state_dict()
+    modules = experts_modules(find_moe(model))
+    for name, tensor in plain_tensors(GGUFCheckpoint.open(checkpoint.gguf), modules, dtype):
+        state[name].copy_(tensor)
+    return model
 
 
 def no_room_for_plain(kind: Any, config: Any, dtype: torch.dtype) -> str | None:

@@ -155,12 +155,18 @@ def bench_model(
             first_token_seconds=Spread.of([sample.prefill_seconds for sample in samples]),
             memory=parse_size(memory) if memory is not None else None,
             peak_resident_bytes=peak,
-            hit_rate={"host": hits / (hits + misses) if hits + misses else None},
+            hit_rate=_hit_rates(hits, misses),
             miss_bytes_per_token=read,
             bound=decode_bound(ours, read, decode.median, (before, after)),
         )
     finally:
         ours.gangline.close()
+
+
+def _hit_rates(hits: int, misses: int) -> dict[str, float | None]:
+    """Return the share of experts found in each tier."""
+    seen = hits + misses
+    return {"host": hits / seen if seen else None, "disk": misses / seen if seen else None}
 
 
 def peak_resident_bytes() -> int | None:

@@ -1,0 +1,93 @@
+"""Damaged and foreign files: one clear error each, whichever command meets them."""
+
+import json
+import shutil
+
+import pytest
+
+from evaluation.tiny_text import saved_model
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory):
+    return saved_model(tmp_path_factory.mktemp("model"), "qwen3_moe", seed=1, shard="20KB")
+
+
+@pytest.fixture
+def folder(intact, tmp_path):
+    return shutil.copytree(intact, tmp_path / "copy")
+
+
+VERBS = [["run", "MODEL", "hello"], ["plan", "MODEL"], ["check", "MODEL"], ["bench", "MODEL"]]
+
+
+@pytest.fixture(params=VERBS, ids=lambda verb: verb[0])
+def fails(request, gangline):
+    """Run one command on a model, and return its one line of error."""
+
+    def call(model):
+        result = gangline(*[model if word == "MODEL" else word for word in request.param])
+        assert (result.exit_code, result.stdout) == (1, ""), result.stdout + result.stderr
+        *steps, line = result.stderr.splitlines()
+        assert set(steps) <= {"loading", "all experts in memory"}
+        assert line.startswith("error: ")
+        assert "unexpected" not in line
+        return line
+
+    return call
+
+
+def shards(folder):
+    found = sorted(folder.glob("model-*.safetensors"))
+    assert len(found) > 2
+    return found
+
+
+def test_missing_shard(fails, folder):
+    shard = shards(folder)[1]
+    shard.unlink()
+    assert shard.name in fails(folder)
+
+
+def test_truncated_shard(fails, folder):
+    shard = shards(folder)[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert shard.name in fails(folder)
+
+
+def test_broken_header(fails, folder):
+    shard = shards(folder)[0]
+    shard.write_bytes(b"\xff" * 8 + shard.read_bytes()[8:])
+    assert shard.name in fails(folder)
+
+
+def test_unknown_architecture(fails, folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "no_such_model"}))
+    assert "no_such_model" in fails(folder)
+
+
+def test_broken_configuration(fails, folder):
+    (folder / "config.json").write_text("{")
+    assert "config.json" in fails(folder)
+
+
+def test_dense_model(fails, folder):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
+    for shard in folder.glob("*.safetensors*"):
+        shard.unlink()
+    LlamaForCausalLM(LlamaConfig(vocab_size=96, **sizes)).save_pretrained(folder)
+    assert "Llama" in fails(folder)
+
+
+def test_folder_without_a_model(fails, tmp_path):
+    assert str(tmp_path) in fails(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 64, b"no gguf"])
+def test_corrupt_gguf(fails, tmp_path, content):
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(content)
+    assert "broken.gguf" in fails(file)
