@@ -4,7 +4,7 @@ import os
 import threading
 
 import pytest
-from store_rig import FIELD_BYTES, make_catalog, make_store
+from runtime.store_rig import FIELD_BYTES, make_catalog, make_store
 
 from gangline.core.errors import CheckpointError, PackError, StoreError
 from gangline.core.events import RoutingEvent

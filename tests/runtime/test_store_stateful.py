@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from store_rig import FIELD_BYTES, expected_bytes, make_catalog, make_store
+from runtime.store_rig import FIELD_BYTES, expected_bytes, make_catalog, make_store
 
 from gangline.core.events import RoutingEvent
 from gangline.core.keys import ExpertKey
