@@ -4,9 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gangline
 from gangline.benchmarks.random_checkpoint import meta_model
 from gangline.benchmarks.replay import RoutingTrace, load_trace, replay, synthetic_trace
-from gangline.benchmarks.shapes import shape_config
+from gangline.benchmarks.shapes import make_shape, shape_config
 from gangline.core.errors import UsageError
 from gangline.core.geometry import LayerGeometry, MoEGeometry
 from gangline.models import find_moe
@@ -46,7 +47,7 @@ def test_experts_get_the_trace_in_order_and_from_the_start_again(spec, seen_by):
     model = model_of(spec)
     blocks = find_moe(model).blocks
     trace = synthetic_trace(find_moe(model).geometry, 7, seed=int(torch.randint(1000, ())))
-    with torch.no_grad(), replay(blocks, trace):
+    with torch.no_grad(), replay(model, trace):
         seen = seen_by(model)
         model(torch.randint(512, (1, 5)))
         model(torch.randint(512, (1, 1)))
@@ -62,7 +63,7 @@ def test_routing_is_the_models_own_again_afterwards():
     trace = synthetic_trace(find_moe(model).geometry, 8)
     with torch.no_grad():
         before = model(ids).logits
-        with replay(find_moe(model).blocks, trace):
+        with replay(model, trace):
             during = model(ids).logits
         after = model(ids).logits
     assert not torch.equal(before, during)
@@ -80,7 +81,7 @@ def test_a_trace_of_the_models_own_routing_changes_nothing(tmp_path, seen_by):
     RoutingTrace(ids_NLK, "recorded", "a test", weights_NLK).save(tmp_path / "t.npz")
     trace = load_trace(tmp_path / "t.npz")
     assert (trace.kind, trace.about) == ("recorded", "a test")
-    with torch.no_grad(), replay(find_moe(model).blocks, trace):
+    with torch.no_grad(), replay(model, trace):
         assert torch.equal(model(ids).logits, before)
 
 
@@ -120,14 +121,21 @@ def test_locality_is_the_stated_one():
 
 def test_traces_that_do_not_fit_are_refused():
     model = model_of("tiny-olmoe")
-    blocks = find_moe(model).blocks
     for trace, says in [
         (synthetic_trace(geometry(64, 8, 3), 4), "layers"),
         (synthetic_trace(geometry(64, 4, 4), 4), "per token"),
         (synthetic_trace(geometry(640, 8, 4), 40), "uses expert"),
     ]:
-        with pytest.raises(UsageError, match=says), replay(blocks, trace):
-            pass
+        with pytest.raises(UsageError, match=says), torch.no_grad(), replay(model, trace):
+            model(torch.randint(512, (1, 2)))
+    switch = model_of("tiny-switch")
+    ids = torch.randint(512, (1, 4))
+    with (
+        pytest.raises(UsageError, match="does not take"),
+        torch.no_grad(),
+        replay(switch, synthetic_trace(geometry(128, 1, 4), 4)),
+    ):
+        switch(input_ids=ids, decoder_input_ids=ids)
 
 
 def test_bad_files_are_one_clear_error(tmp_path):
@@ -150,3 +158,23 @@ def test_bad_files_are_one_clear_error(tmp_path):
             load_trace(path)
     with pytest.raises(UsageError, match="repeat"):
         synthetic_trace(geometry(), 4, repeat=1.5)
+
+
+def test_a_cache_sees_the_locality_of_the_trace(tmp_path, monkeypatch):
+    monkeypatch.setenv("GANGLINE_HOME", str(tmp_path / "home"))
+    folder = make_shape("tiny-olmoe:2", tmp_path / "model")
+
+    def hit_rate(trace):
+        model = gangline.load(folder, ctx_size=256, expert_slots=48)
+        with torch.no_grad(), replay(model, trace):
+            for _ in range(150):
+                model(torch.randint(512, (1, 1)), use_cache=False)
+        rate = model.gangline.stats().hit_rate
+        model.gangline.close()
+        return rate
+
+    layers = geometry(64, 8, 2)
+    uniform = hit_rate(synthetic_trace(layers, 150, zipf=0, repeat=0))
+    local = hit_rate(synthetic_trace(layers, 150, zipf=1, repeat=0.5))
+    assert uniform < 0.6
+    assert local > uniform + 0.2

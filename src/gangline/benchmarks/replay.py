@@ -13,7 +13,7 @@ experts.
 """
 
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from gangline.core.errors import UsageError
 from gangline.core.geometry import MoEGeometry
-from gangline.models.view import MoEBlock
+from gangline.models.adapters import ADAPTERS
 
 TraceKind = Literal["recorded", "synthetic"]
 
@@ -132,21 +132,34 @@ def _draw_layer(
 
 
 @contextmanager
-def replay(blocks: Sequence[MoEBlock], trace: RoutingTrace) -> Iterator[None]:
+def replay(model: nn.Module, trace: RoutingTrace) -> Iterator[None]:
     """Let every MoE layer use the trace's experts for the rows that it sees, in order, from the start.
 
     The trace starts again where it ends. Routers still run; what they chose is put aside.
 
     Args:
-        blocks: all MoE layers of the model, as in ``MoEView.blocks``.
-        trace: of the same number of layers and experts per token.
+        model: plain, loaded or attached.
+        trace: of the same number of layers, experts and experts per token.
 
     Raises:
-        UsageError: the trace does not fit the model, or the model hands its choice to its experts in
-        another way.
+        UsageError: the trace does not fit the model, or the model hands its choice to its experts in another
+            way than as ``(hidden, ids, weights)``.
     """
-    _check_fit(blocks, trace)
-    hooks = [block.experts.register_forward_pre_hook(_Follower(block, trace)) for block in blocks]
+    layers = [
+        (name, module, adapter.experts_of(module))
+        for name, module in model.named_modules()
+        for adapter in ADAPTERS
+        if adapter.claims(module)
+    ]
+    if len(layers) != trace.ids_NLK.shape[1]:
+        raise UsageError(
+            f"the trace has {trace.ids_NLK.shape[1]} MoE layers, the model {len(layers)}; "
+            "use a trace of this model"
+        )
+    hooks = [
+        module.register_forward_pre_hook(_Follower(name, experts, trace, layer))
+        for layer, (name, module, experts) in enumerate(layers)
+    ]
     try:
         yield
     finally:
@@ -157,50 +170,37 @@ def replay(blocks: Sequence[MoEBlock], trace: RoutingTrace) -> Iterator[None]:
 class _Follower:
     """Replaces the routing of one layer; a forward pre-hook of its experts module."""
 
-    def __init__(self, block: MoEBlock, trace: RoutingTrace) -> None:
-        self.name = block.name
-        self.ids_NK = torch.from_numpy(trace.ids_NLK[:, block.layer].astype(np.int64))
+    def __init__(self, name: str, experts: int, trace: RoutingTrace, layer: int) -> None:
+        self.name = name
+        self.ids_NK = torch.from_numpy(trace.ids_NLK[:, layer].astype(np.int64))
         self.weights_NK = None
         if trace.weights_NLK is not None:
-            self.weights_NK = torch.from_numpy(trace.weights_NLK[:, block.layer].copy())
+            self.weights_NK = torch.from_numpy(trace.weights_NLK[:, layer].copy())
         self.next = 0
+        highest = int(self.ids_NK.max())
+        if highest >= experts:
+            raise UsageError(
+                f"the trace uses expert {highest} in {name}, which has {experts}; use a trace of this model"
+            )
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if len(args) < 3 or not _is_choice(args[1], self.ids_NK.shape[1]):
+        if len(args) < 3 or not _is_choice(args[1]):
             raise UsageError(
                 f"{self.name}: {type(module).__name__} does not take (hidden, ids, weights), so no trace can "
                 "be replayed through it; use one of the other shapes"
             )
         x_TD, ids_TK, weights_TK, *rest = args
+        if ids_TK.shape[1] != self.ids_NK.shape[1]:
+            raise UsageError(
+                f"{self.name} uses {ids_TK.shape[1]} experts per token, the trace {self.ids_NK.shape[1]}; "
+                "use a trace of this model"
+            )
         rows_T = torch.arange(self.next, self.next + ids_TK.shape[0]) % len(self.ids_NK)
         self.next = int(rows_T[-1]) + 1
-        new_ids_TK = self.ids_NK[rows_T].to(ids_TK)
         if self.weights_NK is not None:
             weights_TK = self.weights_NK[rows_T].to(weights_TK)
-        return (x_TD, new_ids_TK, weights_TK, *rest)
+        return (x_TD, self.ids_NK[rows_T].to(ids_TK), weights_TK, *rest)
 
 
-def _is_choice(ids: Any, top_k: int) -> bool:
-    return (
-        isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] == top_k and not ids.is_floating_point()
-    )
-
-
-def _check_fit(blocks: Sequence[MoEBlock], trace: RoutingTrace) -> None:
-    _, layers, top_k = trace.ids_NLK.shape
-    if layers != len(blocks):
-        raise UsageError(
-            f"the trace has {layers} MoE layers, the model {len(blocks)}; use a trace of this model"
-        )
-    for block in blocks:
-        if block.geometry.top_k != top_k:
-            raise UsageError(
-                f"{block.name} uses {block.geometry.top_k} experts per token, the trace {top_k}; "
-                "use a trace of this model"
-            )
-        highest = int(trace.ids_NLK[:, block.layer].max())
-        if highest >= block.geometry.experts:
-            raise UsageError(
-                f"the trace uses expert {highest} in {block.name}, which has {block.geometry.experts}; "
-                "use a trace of this model"
-            )
+def _is_choice(ids: Any) -> bool:
+    return isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point()
