@@ -1,5 +1,7 @@
 """transformers folder -> write_gguf -> GGUFCheckpoint: the same config, the same weights, the same logits."""
 
+import errno
+import shutil
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,53 @@ def test_interrupted_write_leaves_nothing(tmp_path: Path, seed: int) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_gguf(tmp_path, tmp_path / "m.gguf", progress=interrupt)
     assert not list(tmp_path.glob("*.gguf*"))
+
+
+def test_full_disk_is_refused_before_and_cleaned_up_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    tiny_model("olmoe").save_pretrained(tmp_path)
+    (tmp_path / "m.gguf").write_text("the old file")
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        with pytest.raises(CheckpointError, match="1000 B; choose another place"):
+            write_gguf(tmp_path, tmp_path / "m.gguf")
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        write_gguf(tmp_path, tmp_path / "m.gguf")
+    assert [file.name for file in tmp_path.glob("*.gguf*")] == ["m.gguf"]
+    assert (tmp_path / "m.gguf").read_text() == "the old file"
+
+
+def test_bad_arguments(tmp_path: Path, seed: int) -> None:
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        write_gguf(tmp_path, tmp_path / "m.gguf")
+    tiny_model("olmoe").save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="bf16, f16, f32, q8_0, q4_0"):
+        write_gguf(tmp_path, tmp_path / "m.gguf", type="q9_9")
+    with pytest.raises(CheckpointError, match="is no folder"):
+        write_gguf(tmp_path, tmp_path / "none" / "m.gguf")
+
+
+def test_tied_embedding_is_written_twice_where_llama_cpp_needs_it(tmp_path: Path, seed: int) -> None:
+    model = tiny_model("olmoe", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    again = rebuild(GGUFCheckpoint.open(write_gguf(tmp_path, tmp_path / "m.gguf", type="f32")))
+    ids = torch.randint(3, 96, (1, 9))
+    assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+def test_rows_that_no_block_fits_stay_f16(tmp_path: Path, seed: int) -> None:
+    model = tiny_model("olmoe", intermediate_size=40)
+    model.save_pretrained(tmp_path)
+    checkpoint = GGUFCheckpoint.open(write_gguf(tmp_path, tmp_path / "m.gguf", type="q8_0"))
+    codecs = [field.codec for field in checkpoint.expert_source(experts_modules(model)).layouts[0].fields]
+    assert codecs == ["ggml:Q8_0", "ggml:Q8_0", "ggml:F16"]
 
 
 def test_missing_tensor_is_named(tmp_path: Path, seed: int) -> None:

@@ -75,6 +75,8 @@ def write_gguf(
         )
     config = _read_config(folder)
     plan = plan_tensors(folder, config, type)
+    if not out.parent.is_dir():
+        raise CheckpointError(f"{out.parent} is no folder; make it first, or write {out.name} elsewhere")
     free = shutil.disk_usage(out.parent).free
     if free < plan.nbytes:
         raise CheckpointError(
