@@ -124,10 +124,10 @@ def test_share_of_the_limit():
 def test_measured_around_the_run(tmp_path, monkeypatch):
     path = tmp_path / "data"
     path.write_bytes(os.urandom(2 * MIB))
-    assert best_disk(path, 65536, seconds=0.1) > 0
+    assert best_disk([path], 65536, seconds=0.1) > 0
     rates = iter([5.0, 7.0])
     monkeypatch.setattr("gangline.benchmarks.roofline.best_disk", lambda *_: next(rates))
-    assert beside_disk(path, 4096, lambda: "done") == ("done", Beside(5.0, 7.0))
+    assert beside_disk([path], 4096, lambda: "done") == ("done", Beside(5.0, 7.0))
     rams = iter([1.0, 2.0])
     monkeypatch.setattr("gangline.benchmarks.roofline.measure_ram", lambda threads: next(rams))
     assert beside_ram(2, lambda: 3) == (3, Beside(1.0, 2.0))
