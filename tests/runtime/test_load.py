@@ -1,0 +1,153 @@
+"""Loading and generating within a budget, and every refusal that a user can meet."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_models import tiny_inputs, tiny_model
+
+import gangline
+from gangline.core.errors import BudgetError, CheckpointError, ContextError, StoreError, UsageError
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path, monkeypatch):
+    monkeypatch.setenv("GANGLINE_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def saved(tmp_path, seed):
+    model = tiny_model("olmoe", seed=seed, dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path / "model")
+    return model, tmp_path / "model"
+
+
+def greedy(model, ids, tokens=12):
+    return model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=None)
+
+
+@pytest.mark.parametrize("io", ["direct", "cached"])
+@pytest.mark.parametrize("cache_seed", [None, 7])
+def test_generates_the_plain_tokens(saved, io, cache_seed):
+    model, folder = saved
+    ids = torch.randint(3, 90, (2, 8))
+    want = greedy(model, ids)
+    loaded = gangline.load(folder, expert_slots=4, io=io, cache_seed=cache_seed, batch_tokens=4)
+    with loaded.gangline:
+        assert torch.equal(greedy(loaded, ids), want)
+        stats = loaded.gangline.stats()
+        assert stats.host_misses > 0
+        assert stats.prefill_tokens == 16
+        assert stats.decode_tokens == 22
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "int4g32"])
+def test_lower_precision_equals_rounded_weights(saved, precision, seed):
+    """``int4`` must compute exactly what a plain model with the rounded weights computes."""
+    model, folder = saved
+    loaded = gangline.load(folder, precision=precision)
+    from gangline.formats import get_codec
+    from gangline.models import find_moe
+    from gangline.runtime.opened import codec_of
+
+    codec = get_codec(codec_of(precision))
+    view = find_moe(model)
+    for block in view.blocks:
+        for name in ("gate_up_proj", "down_proj"):
+            stacked = getattr(block.experts, name)
+            for weight in stacked.data:
+                shape = tuple(weight.shape)
+                weight.copy_(codec.decode(codec.encode(weight), shape, torch.float32))
+    inputs = tiny_inputs(model)
+    with loaded.gangline, torch.no_grad():
+        assert (loaded(**inputs).logits - model(**inputs).logits).abs().max() < 1e-4
+        assert "approximate" in loaded.gangline.banner()
+
+
+def test_pack_is_made_once(saved, tmp_path):
+    _, folder = saved
+    for _ in range(2):
+        gangline.load(folder, precision="int4").gangline.close()
+        packs = list((tmp_path / "home" / "packs").iterdir())
+        assert len([p for p in packs if not p.name.startswith(".")]) == 1
+
+
+def test_bf16_checkpoint_in_fp32(tmp_path, seed):
+    model = tiny_model("mixtral", seed=seed, dtype=torch.bfloat16).eval()
+    model.save_pretrained(tmp_path / "model")
+    plain = type(model).from_pretrained(tmp_path / "model", dtype=torch.float32)
+    inputs = tiny_inputs(model)
+    loaded = gangline.load(tmp_path / "model", dtype=torch.float32, expert_slots=3)
+    with loaded.gangline, torch.no_grad():
+        assert (loaded(**inputs).logits - plain(**inputs).logits).abs().max() < 1e-4
+
+
+def test_budget_too_small_names_the_smallest(saved):
+    _, folder = saved
+    with pytest.raises(BudgetError, match="smallest budget that works is [0-9]+MiB") as caught:
+        gangline.load(folder, memory="10MiB")
+    smallest = caught.value.smallest
+    plan = gangline.plan(folder, memory=smallest + (64 << 20))
+    assert plan.peak <= smallest + (64 << 20)
+
+
+def test_longer_than_the_context_is_refused(saved):
+    _, folder = saved
+    loaded = gangline.load(folder, memory="4GiB", ctx_size=16)
+    with loaded.gangline:
+        with pytest.raises(ContextError, match="ctx_size"):
+            greedy(loaded, torch.randint(3, 90, (1, 20)))
+        assert greedy(loaded, torch.randint(3, 90, (1, 6)), 4).shape == (1, 10)
+
+
+def test_training_is_refused(saved):
+    _, folder = saved
+    loaded = gangline.load(folder)
+    with loaded.gangline, pytest.raises(StoreError, match="cannot be trained"):
+        loaded(input_ids=torch.randint(3, 90, (1, 5)))
+
+
+def test_missing_shard_and_truncation(saved):
+    _, folder = saved
+    shard = next(folder.glob("*.safetensors"))
+    size = shard.stat().st_size
+    os.truncate(shard, size - 100)
+    with pytest.raises(CheckpointError, match=shard.name):
+        gangline.load(folder)
+    shard.unlink()
+    with pytest.raises(CheckpointError):
+        gangline.load(folder)
+
+
+def test_attach_twice_and_detach_of_loaded(saved):
+    model, folder = saved
+    runtime = gangline.attach(model)
+    with pytest.raises(UsageError, match="attached already"):
+        gangline.attach(model)
+    runtime.close()
+    loaded = gangline.load(folder)
+    with pytest.raises(UsageError, match="not attached"):
+        gangline.detach(loaded)
+    loaded.gangline.close()
+
+
+def test_peak_memory_stays_within_the_plan(saved):
+    """In a process of its own, measured from outside by its high-water mark."""
+    _, folder = saved
+    code = (
+        "import sys, json, torch, gangline, resource\n"
+        "model = gangline.load(sys.argv[1], memory=sys.argv[2], ctx_size=60)\n"
+        "ids = torch.randint(3, 90, (1, 20))\n"
+        "model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)\n"
+        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "print(json.dumps({'peak': peak, 'plan': model.gangline.plan.peak}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder), "1GiB"], capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["peak"] <= 1 << 30
+    assert found["peak"] <= found["plan"]
