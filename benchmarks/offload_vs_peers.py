@@ -81,10 +81,11 @@ def run_side(side: str, args: argparse.Namespace) -> Run | None:
     }
     command = [sys.executable, str(Path(__file__).with_name("sides.py")), json.dumps(job)]
     env = {"OMP_NUM_THREADS": str(args.threads)}
+    shards = sorted(args.model.glob("*.safetensors"))
     drop_page_cache()
     with read_ahead(args.model, args.read_ahead if side == "llamacpp" else None):
         seen, disk = beside_disk(
-            sorted(args.model.glob("*.safetensors"))[:-1],  # the last one may be small
+            shards[:-1] or shards,  # the last one may be small
             EXPERT_BYTES,
             lambda: run_confined(command, memory=args.limit, env=env, timeout=args.timeout),
         )
