@@ -112,15 +112,13 @@ def _plan_part(
     whole = entries[0].shape == (slices, *shape)
     if steps.swapped and not (steps.swap_checks and whole):
         stored, flipped = (shape[1], shape[0]), not field.transposed
-    nbytes = sum(entry.nbytes for entry in entries) // slices
     if steps.stacked:
-        if len(entries) != slices or any(entry.shape != stored for entry in entries):
+        nbytes = entries[0].nbytes
+        if len(entries) not in (slices, module.experts) or any(entry.shape != stored for entry in entries):
             return None
-        pieces = tuple(
-            (Extent(entry.file, entry.offset, entry.nbytes),) for entry in entries[: module.experts]
-        )
+        pieces = tuple((Extent(entry.file, entry.offset, nbytes),) for entry in entries[: module.experts])
     else:
-        entry = entries[0]
+        entry, nbytes = entries[0], entries[0].nbytes // slices
         if len(entries) != 1 or entry.shape not in _fused_shapes(slices, stored):
             return None
         pieces = tuple(

@@ -125,7 +125,7 @@ def _cached_gguf(name: str, repo: str, file: str, revision: str | None) -> Path:
 
 
 def _hub_folder(name: str, revision: str | None, need_weights: bool) -> LocalCheckpoint | RemoteCheckpoint:
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download
 
     with hub_errors(name):
         cached = _cached_snapshot(name, revision)
@@ -135,11 +135,7 @@ def _hub_folder(name: str, revision: str | None, need_weights: bool) -> LocalChe
             return RemoteCheckpoint(
                 name, name, revision, Path(hf_hub_download(name, "config.json", revision=revision))
             )
-        folder = Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=WEIGHTS + SETTINGS, ignore_patterns=NOT_THE_MODEL
-            )
-        )
+        folder = _snapshot(name, revision, local=False)
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{name}: the repository has no safetensors files; for a GGUF file write {name}:file.gguf"
@@ -147,13 +143,23 @@ def _hub_folder(name: str, revision: str | None, need_weights: bool) -> LocalChe
     return LocalCheckpoint(name, folder)
 
 
+def _snapshot(repo: str, revision: str | None, local: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted, unwanted = WEIGHTS + SETTINGS, NOT_THE_MODEL
+    return Path(
+        snapshot_download(
+            repo, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted, local_files_only=local
+        )
+    )
+
+
 def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
     """The cached folder of a model if all its weights are in it."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        folder = _snapshot(repo, revision, local=True)
         SafetensorsIndex.from_folder(folder)
     except (LocalEntryNotFoundError, CheckpointError):
         return None
