@@ -224,8 +224,20 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": {"text_config": _LINEAR_AND_FULL},
     "qwen3_moe": {},
     "qwen3_next": _LINEAR_AND_FULL,
-    "qwen3_omni_moe": {},
-    "qwen3_vl_moe": {},
+    "qwen3_omni_moe": {
+        "vision_start_token_id": 3,
+        "audio_config": {
+            "d_model": 32,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 4,
+            "encoder_ffn_dim": 32,
+            "output_dim": 32,
+            "downsample_hidden_size": 4,
+            "num_mel_bins": 16,
+        },
+        "vision_config": {"deepstack_visual_indexes": [0]},
+    },
+    "qwen3_vl_moe": {"vision_config": {"deepstack_visual_indexes": [0]}},
     "qwen4_exp": {
         "text_config": {
             "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
@@ -328,8 +340,9 @@ def tiny_inputs(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (batch, tokens), generator=generator)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = torch.randint(3, VOCABULARY, (batch, tokens // 2), generator=generator)
+    length = getattr(model.config, "canvas_length", tokens // 2 if model.config.is_encoder_decoder else None)
+    if length is not None:
+        inputs["decoder_input_ids"] = torch.randint(3, VOCABULARY, (batch, length), generator=generator)
     return inputs
 
 

@@ -20,7 +20,8 @@ def resident_forward(block: MoEBlock) -> ExpertsForward:
 
     def forward(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         grouping = group_by_expert(ids_TK, weights_TK, block.geometry.experts)
-        y_PD = torch.zeros(len(grouping.token_P) + 1, x_TD.shape[-1], dtype=torch.float32)
+        shape = (len(grouping.token_P) + 1, x_TD.shape[-1])
+        y_PD = torch.zeros(shape, dtype=torch.float32, device=x_TD.device)
         for i, expert in enumerate(grouping.experts):
             rows = slice(grouping.starts[i], grouping.starts[i + 1])
             weights = kernel.bind(

@@ -55,8 +55,8 @@ class RouterSpec:
     Attributes:
         k: experts per token.
         score: how a logit becomes a weight: ``softmax`` and ``sigmoid`` over all classes, ``softmax_topk``
-            over the chosen logits only, ``given`` if the router hands out scores already, ``sparsemixer`` (GRIN
-            MoE, arXiv 2409.12136).
+            over the chosen logits only, ``given`` if the router hands out scores already, ``sparsemixer``
+            (GRIN MoE, arXiv 2409.12136).
         choose_by: whether the scores or the logits decide which experts are chosen.
         bias: per-class bias that takes part in the choice only.
         groups: group limit of the choice.
@@ -66,8 +66,8 @@ class RouterSpec:
         table_VK: expert ids by token id (hash routing): the logits then give the weights only.
         shared: classes at the end that are shared experts: they share the norm, and are never chosen.
         skip_class: class that means "no expert": the router reports it as expert 0 with weight 0.
-        capacity: tokens that an expert takes from one sequence; later ones get none (Switch Transformers, arXiv
-            2101.03961).
+        capacity: tokens that an expert takes from one sequence; later ones get none (Switch Transformers,
+            arXiv 2101.03961).
         jitter: sparsemixer's threshold.
         logits: where the logits come from: the router's output, or its weight times the input in fp32.
     """

@@ -20,7 +20,7 @@ class RouterUnknownError(Exception):
 
 @dataclass(frozen=True)
 class _Rule:
-    """What only a router's source says; ``norm`` yields to the attribute ``norm_topk_prob`` if there is one."""
+    """What only a router's source says; the attribute ``norm_topk_prob`` overrules ``norm``."""
 
     score: Score
     choose_by: Literal["score", "logit"] = "score"

@@ -192,7 +192,12 @@ def _matrix_shape(module: nn.Module, name: str) -> tuple[int, int]:
     if parameter.dim() != 3:
         raise UnsupportedModelError(
             f"{type(module).__name__}.{name} has shape {tuple(parameter.shape)}, not one matrix per expert; "
-            "a quantized or attached model must be loaded or detached first"
+            "load the model unquantized, and choose a precision in gangline"
+        )
+    if not parameter.is_floating_point() or parameter.element_size() < 2:
+        raise UnsupportedModelError(
+            f"{type(module).__name__}.{name} holds quantized weights ({parameter.dtype}); "
+            "load the model unquantized, and choose a precision in gangline"
         )
     return (int(parameter.shape[1]), int(parameter.shape[2]))
 
