@@ -4,12 +4,12 @@ import os
 import threading
 
 import pytest
-from runtime.store_rig import FIELD_BYTES, make_catalog, make_store
 
 from gangline.core.errors import CheckpointError, PackError, StoreError
 from gangline.core.events import RoutingEvent
 from gangline.core.keys import ExpertKey
 from gangline.core.tiers import Priority, Tier
+from runtime.store_rig import FIELD_BYTES, make_catalog, make_store
 
 
 def event(step, layer, ids, phase="decode"):

@@ -9,12 +9,12 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from runtime.store_rig import FIELD_BYTES, expected_bytes, make_catalog, make_store
 
 from gangline.core.events import RoutingEvent
 from gangline.core.keys import ExpertKey
 from gangline.core.tiers import Priority
 from gangline.policies.caches import LayerLRU, RandomEviction
+from runtime.store_rig import FIELD_BYTES, expected_bytes, make_catalog, make_store
 
 LAYERS, EXPERTS, TOP_K = 4, 6, 2
 ids_strategy = st.sets(st.integers(0, EXPERTS - 1), min_size=1, max_size=EXPERTS)
