@@ -1,4 +1,4 @@
-"""A small store over a real file whose experts carry their own key in every byte, so that a wrong byte shows."""
+"""A small store over a real file; every expert has its own byte pattern, so that a wrong byte shows."""
 
 import zlib
 from pathlib import Path

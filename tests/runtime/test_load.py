@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from tiny_models import tiny_inputs, tiny_model
 
 import gangline
 from gangline.core.errors import BudgetError, CheckpointError, ContextError, StoreError, UsageError
+from tiny_models import tiny_inputs, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ def test_bf16_checkpoint_in_fp32(tmp_path, seed):
 
 def test_budget_too_small_names_the_smallest(saved):
     _, folder = saved
-    with pytest.raises(BudgetError, match="smallest budget that works is [0-9]+MiB") as caught:
+    with pytest.raises(BudgetError, match=r"smallest budget that works is [0-9]+MiB") as caught:
         gangline.load(folder, memory="10MiB")
     smallest = caught.value.smallest
     plan = gangline.plan(folder, memory=smallest + (64 << 20))

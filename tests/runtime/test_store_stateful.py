@@ -100,7 +100,7 @@ class StoreMachine(RuleBasedStateMachine):
         def work(event):
             try:
                 self.run_event(event)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - reported by the main thread
                 errors.append(error)
 
         events = [self.event(*first), self.event(*second)]

@@ -88,9 +88,10 @@ def without_experts(cls: type[PreTrainedModel]) -> tuple[type[PreTrainedModel], 
     def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, config, *args, **kwargs)
         view = find_moe(self)
+        _refuse_tied_experts(self, view)
         for block in view.blocks:
             drop_expert_params(block)
-            for module in block.experts.modules():
+            for module in (block.parent, *block.experts.modules()):
                 module._is_hf_initialized = True  # there is nothing left to draw at random
         ignored = {rf"(^|\.){_escaped(block.name)}\." for block in view.blocks}
         self._keys_to_ignore_on_load_unexpected = set(self._keys_to_ignore_on_load_unexpected or ()) | ignored
@@ -99,6 +100,16 @@ def without_experts(cls: type[PreTrainedModel]) -> tuple[type[PreTrainedModel], 
     # Same name and module: transformers finds conversion tables and source text by them.
     bare = type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
     return bare, lambda: views[-1]
+
+
+def _refuse_tied_experts(model: Any, view: MoEView) -> None:
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for block in view.blocks:
+        if any(key.startswith(f"{block.name}.") for pair in tied.items() for key in pair):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} shares the experts of {block.name} between modules; "
+                "gangline.attach works on the built model"
+            )
 
 
 def build_skeleton(

@@ -102,7 +102,7 @@ class OpenedModel:
 
     def _files(self) -> Iterator[Path]:
         if self.gguf is not None:
-            yield self.gguf.path
+            yield from self.gguf.files
         elif self.folder is not None:
             yield from sorted(self.folder.glob("*.safetensors"))
 
@@ -141,7 +141,7 @@ def _open_gguf(checkpoint: LocalCheckpoint, dtype: torch.dtype | None) -> Opened
     kind = dtype or torch.bfloat16
     cls = model_class(config, checkpoint.name)
     skeleton, view = build_skeleton(cls, config, kind)
-    source = gguf.expert_source(experts_modules(view))
+    source = gguf.expert_source(experts_modules(view), kind)
     return OpenedModel(checkpoint.name, config, cls, kind, skeleton, view, source, checkpoint.folder, gguf)
 
 
