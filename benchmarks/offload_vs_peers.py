@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gangline.benchmarks.confine import Confined, drop_page_cache, read_ahead, run_confined
-from gangline.benchmarks.result import Row, compare, write_result
+from gangline.benchmarks.result import Row, compare, running_command, write_result
 from gangline.benchmarks.roofline import Beside, beside_disk
 from gangline.core.sizes import format_size, parse_size
 
@@ -183,14 +183,18 @@ def main() -> None:
     disks = [run.disk.mean for done in runs.values() for run in done]
     if args.out is not None:
         machine = {
+            "threads": args.threads,
             "disk_bytes_per_s": statistics.median(disks),
             "disk_read_bytes": EXPERT_BYTES,
             "peer_read_ahead_kib": args.read_ahead,
         }
-        command = (
-            f"python benchmarks/offload_vs_peers.py --model FOLDER --rounds {args.rounds} "
-            f"--decode {args.decode} --read-ahead {args.read_ahead} --out {args.out}"
-        )
+        places = {
+            "--model": "FOLDER",
+            "--gguf": "FILE.gguf",
+            "--offload-folder": "FOLDER",
+            "--out": "FILE.json",
+        }
+        command = running_command(places)
         print(write_result(args.out.stem, rows, command, folder=args.out.parent, machine=machine))
 
 

@@ -103,5 +103,7 @@ def test_the_command_does_not_show_where_we_are(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(result.sys, "argv", [str(tmp_path / "benchmarks" / "a.py"), "--model", "a b"])
     assert result.running_command() == "python benchmarks/a.py --model 'a b'"
+    hidden = result.running_command({"--model": "FOLDER"})
+    assert hidden == "python benchmarks/a.py --model FOLDER"
     monkeypatch.setattr(result.sys, "argv", ["/usr/local/bin/gangline", "bench"])
     assert result.running_command() == "gangline bench"

@@ -14,7 +14,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
@@ -218,14 +218,23 @@ def _check_number(value: Any, where: str) -> None:
         raise ResultError(f"{where} must be a finite number or null, not {value!r}")
 
 
-def running_command() -> str:
-    """Return the running command as one would type it in the repository."""
+def running_command(hide: Mapping[str, str] | None = None) -> str:
+    """Return the running command as one would type it in the repository.
+
+    Args:
+        hide: options whose value is a place on this machine, with the word to show instead, for example
+            ``{"--model": "FOLDER"}``.
+    """
     script = Path(sys.argv[0])
     if script.is_relative_to(Path.cwd()):
         script = script.relative_to(Path.cwd())
     # The path of an installed script is this machine's own business.
     shown = ["python", script.as_posix()] if script.suffix == ".py" else [script.name]
-    return shlex.join([*shown, *sys.argv[1:]])
+    previous = ""
+    for word in sys.argv[1:]:
+        shown.append((hide or {}).get(previous, word))
+        previous = word
+    return shlex.join(shown)
 
 
 def _commit() -> str:
