@@ -365,7 +365,7 @@ def _model_class(family: str) -> type[PreTrainedModel]:
 
 
 def _randomise(model: nn.Module, generator: torch.Generator) -> None:
-    """Redraw what transformers starts at a constant: selection biases, scales, token tables."""
+    """Redraw what transformers starts at a constant: selection biases, scales, token tables, some routers."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         leaf = name.rpartition(".")[2]
         if leaf == "tid2eid":
@@ -376,5 +376,7 @@ def _randomise(model: nn.Module, generator: torch.Generator) -> None:
             tensor.data.copy_(torch.stack(rows))
         elif leaf in ("e_score_correction_bias", "expert_bias", "balancing_biases"):
             tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * 0.2)
+        elif tensor.dim() > 1 and tensor.is_floating_point() and not bool(tensor.any()):
+            tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
         elif leaf in ("per_expert_scale", "global_scale"):
             tensor.data.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)

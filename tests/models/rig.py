@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from tiny_models import tiny_inputs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gangline.models import MoEBlock, MoEView, install, resident_forward
+from tiny_models import tiny_inputs
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ Shape suffixes: T tokens, C classes of the router (experts, then classes that ar
 G groups, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Literal, NamedTuple
 
@@ -21,7 +21,7 @@ Norm = Literal["none", "sum", "power"]
 class TensorRef:
     """A tensor of a module by path; looked up at each use, because moving a model replaces its buffers."""
 
-    module: nn.Module
+    module: nn.Module = field(repr=False)
     path: str
 
     def get(self) -> Tensor:
