@@ -115,7 +115,7 @@ def _refuse_tied_experts(model: Any, view: MoEView) -> None:
 def build_skeleton(
     cls: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, MoEView]:
-    """Return the model on ``meta`` without its expert matrices, and the view made before they were dropped."""
+    """Return the model on ``meta`` without expert matrices, and the view made before they were dropped."""
     bare, view = without_experts(cls)
     with torch.device("meta"):
         model = bare._from_config(config, dtype=dtype)

@@ -134,7 +134,7 @@ class ExpertStore:
     # Slots: the lock is held in all of these.
 
     def _take_slot(self, key: ExpertKey, *, must: bool = False) -> Slot | None:
-        """Return a free slot, or the victim's. ``must``: take any evictable one where the policy would wait."""
+        """Return a free slot or the victim's. ``must``: take any evictable one where the policy would wait."""
         pool = self._pools[key.layer]
         if pool.free:
             return pool.free.pop()

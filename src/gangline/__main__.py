@@ -1,0 +1,5 @@
+"""``python -m gangline`` is the command line."""
+
+from gangline.cli.main import app
+
+app()
