@@ -57,7 +57,7 @@ def test_installed_forward_gives_the_plain_models_logits(family: str, seed: int)
     model = tiny_model(family, seed)
     view = find_moe(model)
     worst = []
-    # Sums in another order may tip a token whose experts are tied to seven digits; not in two draws of inputs.
+    # Sums in another order may tip a token whose experts are tied to seven digits; not in both draws.
     for draw in (seed, seed + 1):
         plain = logits(model, draw)
         with resident(view) as calls:
