@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gangline
-from gangline.benchmarks.confine import drop_page_cache, run_confined
+from gangline.benchmarks.confine import Confined, drop_page_cache, run_confined
 from gangline.benchmarks.result import Row, write_result
 from gangline.benchmarks.shapes import SHAPES, make_shape
 from gangline.core.sizes import format_size, parse_size
@@ -64,74 +63,71 @@ def stored_bytes(folder: Path) -> int:
     return total
 
 
+def child(job: dict[str, Any], case: Case, args: argparse.Namespace) -> Confined:
+    """Run ``sides.py`` on a job, or end with its last words."""
+    job |= {"model": str(case.folder), "memory": case.memory, "context": case.context}
+    command = [sys.executable, str(Path(__file__).with_name("sides.py")), json.dumps(job)]
+    limit = case.memory if args.limit else None
+    env = {"OMP_NUM_THREADS": str(args.threads)}
+    seen = run_confined(command, memory=limit, env=env, timeout=args.timeout)
+    if seen.report is None:
+        sys.exit(f"{case.name}: ended with {seen.returncode} before a result\n{seen.stderr_tail}")
+    return seen
+
+
 def run_once(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """Load, read a prompt and decode under the budget; return what was measured."""
+    drop_page_cache()
     job = {
         "side": "ours",
-        "model": str(case.folder),
-        "memory": case.memory,
         "prompts": [min(args.prompt, case.context - args.decode)],
         "decode": args.decode,
-        "context": case.context,
         "seed": args.seed,
         "vocab": json.loads((case.folder / "config.json").read_text())["vocab_size"],
         "threads": args.threads,
     }
-    drop_page_cache()
-    command = [sys.executable, str(Path(__file__).with_name("sides.py")), json.dumps(job)]
-    limit = case.memory if args.limit else None
-    seen = run_confined(
-        command, memory=limit, env={"OMP_NUM_THREADS": str(args.threads)}, timeout=args.timeout
-    )
-    if seen.report is None:
-        sys.exit(f"{case.name}: ended with {seen.returncode} before a result\n{seen.stderr_tail}")
-    (length, prefill), *_ = seen.report["prefill"].items()
+    seen = child(job, case, args)
+    report = seen.report or {}
+    (length, prefill), *_ = report["prefill"].items()
     return {
         "peak": seen.peak_resident_bytes,
-        "decode": len(seen.report["decode"]) / sum(step["seconds"] for step in seen.report["decode"]),
+        "decode": len(report["decode"]) / sum(step["seconds"] for step in report["decode"]),
         "prefill": int(length) / prefill["seconds"],
-        "hit_rate": seen.report["stats"].get("hit_rate"),
+        "hit_rate": report["stats"].get("hit_rate"),
     }
 
 
 def measure_case(case: Case, args: argparse.Namespace) -> list[Row]:
     """Return the rows of one case."""
-    plan = gangline.plan(case.folder, memory=case.memory, ctx_size=case.context)
+    plan = child({"side": "plan"}, case, args).report or {}
     runs = []
     for _ in range(args.rounds):
         runs.append(run_once(case, args))
-        print(f"{case.name}: {runs[-1]}; planned peak {plan.peak}, speed {plan.speed}", flush=True)
+        print(f"{case.name}: {runs[-1]}; planned peak {plan['peak']}, {plan['speed']}", flush=True)
     name = f"{case.name}, {format_size(case.memory)}, context {case.context}"
     peak = max(run["peak"] for run in runs)
+    size = plan["dense"] + plan["expert_bytes"]
     rows = [
-        Row(f"{name}, size", "bytes", plan.dense + plan.expert_bytes, "measured", stored_bytes(case.folder)),
+        Row(f"{name}, size", "bytes", size, "measured", stored_bytes(case.folder)),
         Row(
             f"{name}, peak resident",
             "bytes",
-            plan.peak,
+            plan["peak"],
             "measured",
             peak,
-            ratio=plan.peak / peak,
+            plan["peak"] / peak,
             n=len(runs),
         ),
     ]
     for phase in ("decode", "prefill"):
         speeds = [run[phase] for run in runs]
+        median = statistics.median(speeds)
         spread = max(speeds) - min(speeds) if len(speeds) > 1 else None
-        for end, value in zip(("low", "high"), plan.speed[f"{phase}_tokens_per_second"], strict=True):
-            median = statistics.median(speeds)
+        for end, value in zip(("low", "high"), plan["speed"][f"{phase}_tokens_per_second"], strict=True):
             peer = f"{end} end of the planned band"
+            work = f"{name}, {phase}"
             rows.append(
-                Row(
-                    f"{name}, {phase}",
-                    "tokens/s",
-                    median,
-                    peer,
-                    value,
-                    median / value,
-                    n=len(runs),
-                    spread=spread,
-                )
+                Row(work, "tokens/s", median, peer, value, median / value, n=len(runs), spread=spread)
             )
     return rows
 
@@ -160,7 +156,10 @@ def main() -> None:
         shown = " ".join(
             f"{case.name}={format_size(case.memory).replace(' ', '')}@{case.context}" for case in cases
         )
-        command = f"python benchmarks/plan_vs_reality.py {shown} --rounds {args.rounds} --out {args.out}"
+        command = (
+            f"python benchmarks/plan_vs_reality.py {shown} --rounds {args.rounds} --prompt {args.prompt} "
+            f"--decode {args.decode} --threads {args.threads}"
+        )
         print(write_result(args.out.stem, rows, command, folder=args.out.parent))
 
 

@@ -131,5 +131,16 @@ def work(job: dict[str, Any]) -> None:
         leave_report(report)
 
 
+def plan(job: dict[str, Any]) -> None:
+    """Leave our plan as a report: in a process of its own, whose memory is a fresh user's."""
+    import gangline
+
+    leave_report(gangline.plan(job["model"], memory=job["memory"], ctx_size=job["context"]).to_dict())
+
+
 if __name__ == "__main__":
-    work(json.loads(sys.argv[1]))
+    described = json.loads(sys.argv[1])
+    if described["side"] == "plan":
+        plan(described)
+    else:
+        work(described)
