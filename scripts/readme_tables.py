@@ -27,7 +27,8 @@ def table(result: dict[str, Any], file: str) -> list[str]:
     """One result file as Markdown."""
     rows = result["rows"]
     lines = [
-        f"**{result['name']}** · `{result['command']}` · [{file}](benchmarks/results/{file}) · {result['date'][:10]}",
+        f"**{result['name']}**, {result['date'][:10]}, [{file}](benchmarks/results/{file}):",
+        f"`{result['command']}`",
         "",
         "| work | metric | gangline | peer | its value | ratio | share of the bound | n |",
         "|---|---|---|---|---|---|---|---|",

@@ -131,3 +131,18 @@ def test_cancel_frees_the_slot(tmp_path):
     store.wait_idle()
     assert set(store.residency()) == {ExpertKey(0, 0)}
     store.close()
+
+
+def test_slots_freed_before_waiting_are_not_missed(tmp_path):
+    """Two leases fill the pool, a third is opened without a slot, and only then are the first two released."""
+    store = make_store(make_catalog(tmp_path, 1, 6), slots=2, top_k=1)
+    first, second = store.lease(event(1, 0, [0])), store.lease(event(2, 0, [1]))
+    third = store.lease(event(3, 0, [2]))
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(expert for expert, _ in third), daemon=True)
+    thread.start()
+    thread.join(timeout=20)
+    assert found == [2]
+    store.close()

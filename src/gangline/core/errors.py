@@ -1,4 +1,6 @@
-"""Every error that gangline raises on purpose. A message names the thing, gives the numbers and ends with the way out."""
+"""Every error that gangline raises on purpose. A message names the thing, gives the numbers and ends with the
+way out.
+"""
 
 
 class GanglineError(Exception):

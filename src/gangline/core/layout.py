@@ -56,7 +56,8 @@ class ExpertCatalog:
     Attributes:
         files: the files, each read only.
         layouts: one layout per MoE layer.
-        extents: for each expert, one extent per field of its layout; neighbouring extents may touch, so that a
+        extents: for each expert, one extent per field of its layout; neighbouring extents may touch, so that
+        a
             reader may merge them into one read.
         checksums: CRC-32 of an expert's bytes in field order, where the files carry one (expert packs do).
     """

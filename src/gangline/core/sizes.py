@@ -29,7 +29,9 @@ def parse_size(text: str | int) -> int:
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", text, flags=re.IGNORECASE)
     if match is None:
-        raise UsageError(f"cannot read the size {text!r}; write a number and a unit, for example 6GiB or 500MB")
+        raise UsageError(
+            f"cannot read the size {text!r}; write a number and a unit, for example 6GiB or 500MB"
+        )
     size = int(float(match[1]) * _UNITS[match[2].upper()])
     if size <= 0:
         raise UsageError(f"memory size {text!r} is not above zero; write for example 6GiB")

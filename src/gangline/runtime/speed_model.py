@@ -56,7 +56,7 @@ def expected_speed(plan: MemoryPlan, footprint: Footprint, profile: MachineProfi
         "read_bytes_per_token": moved,
         "disk_bytes_per_second": disk,
         "ram_bytes_per_second": profile.ram,
-        "bound": f"{bound}: {format_size(moved[0])} read and {format_size(streamed)} streamed per token at most",
+        "bound": f"{bound}: {format_size(moved[0])} read and {format_size(streamed)} streamed per token",
     }
 
 

@@ -95,12 +95,13 @@ class ExpertStore:
 
     def cancel(self, key: ExpertKey) -> bool:
         """Drop a requested read that has not started and that no event waits for."""
-        with self._lock:
+        with self._changed:
             ticket, slot = self._tickets.get(key), self._table.get(key)
             if ticket is None or slot is None or slot.leases or not self._readers.cancel(ticket):
                 return False
             del self._tickets[key]
             self._drop(key, slot)
+            self._changed.notify_all()
             return True
 
     def wait_below(self, reads: int) -> None:
@@ -134,7 +135,7 @@ class ExpertStore:
     # Slots: the lock is held in all of these.
 
     def _take_slot(self, key: ExpertKey, *, must: bool = False) -> Slot | None:
-        """Return a free slot or the victim's. ``must``: take any evictable one where the policy would wait."""
+        """Return a free slot or the victim's. ``must``: any evictable one where the policy would wait."""
         pool = self._pools[key.layer]
         if pool.free:
             return pool.free.pop()
@@ -265,6 +266,8 @@ class EventLease:
         with store._changed:
             started = 0.0
             while True:
+                # First of all: slots freed before this thread began to wait wake nobody.
+                self._request_missing()
                 for position, expert in enumerate(self._waiting):
                     slot = store._table[ExpertKey(self._layer, expert)]
                     if slot.state is SlotState.READY:
@@ -280,7 +283,6 @@ class EventLease:
                     )
                 started = started or time.perf_counter()
                 store._changed.wait()
-                self._request_missing()
 
     def _request_missing(self) -> None:
         """Give slots to as many misses as can have one now (the lock is held)."""
