@@ -2,9 +2,10 @@
 
 Usage: python scripts/make_supported_table.py [--seed N]
 
-For each family a tiny random model is built from its own config class. Its routers are compared with gangline's
-rule on 64 random rows, and its logits with those of the same model whose experts run through gangline's reference
-kernel, on three draws of text, all in fp32. Writes docs/_generated/supported_models.json and .md.
+For each family a tiny random model is built from its own config class. Its routers are compared with
+gangline's rule on 64 random rows, and its logits with those of the same model whose experts run through
+gangline's reference kernel, on three draws of text, all in fp32. Writes docs/_generated/supported_models.json
+and .md.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def check_family(family: str, seed: int) -> dict[str, Any]:
     row: dict[str, Any] = {"family": family, "class": type(model).__name__}
     try:
         view = find_moe(model)
-        check_conformance(view)
+        check_conformance(view, seed=seed)
     except GanglineError as error:
         return row | {"problem": str(error)}
     row |= describe(view)
@@ -83,8 +84,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"Checked on {result['date']} with transformers {result['versions']['transformers']} and torch "
         f"{result['versions']['torch']} in fp32 on text, seed {result['seed']}: {result['passed']} of "
-        f"{len(result['rows'])} families agree. The last column is the largest difference of a logit from the "
-        "plain model.",
+        f"{len(result['rows'])} families agree. The last column is the largest difference of a logit from "
+        "the plain model.",
         "",
         "| family | matrices | layout | routing | shared experts | result |",
         "|---|---|---|---|---|---|",

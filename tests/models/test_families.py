@@ -44,7 +44,7 @@ def test_view_and_routing(family: str, seed: int) -> None:
     assert meta_view.geometry == view.geometry
     assert [b.fields for b in meta_view.blocks] == [b.fields for b in view.blocks]
     assert [b.name for b in meta_view.blocks] == [b.name for b in view.blocks]
-    check_conformance(view)
+    check_conformance(view, seed=seed)
     for block in view.blocks:
         assert block.router_spec is not None, block.router_reason
         for broken in broken_specs(block.router_spec):

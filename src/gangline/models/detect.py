@@ -4,6 +4,7 @@ from torch import nn
 
 from gangline.core.errors import UnsupportedModelError
 from gangline.models.adapters import ADAPTERS
+from gangline.models.adapters.parameters import get_parameter
 from gangline.models.view import MoEBlock, MoEView
 
 # Attention whose query and output projections are experts: these stay ordinary dense weights.
@@ -37,7 +38,7 @@ def _mark_shared_weights(blocks: list[MoEBlock]) -> None:
     """Name the first layer with the same parameters (diffusion_gemma ties its decoder to its encoder)."""
     first: dict[int, int] = {}
     for block in blocks:
-        parameter = next(iter(block.experts.parameters()))
+        parameter = get_parameter(block.experts, block.param_names[0].format(expert=0))
         layer = first.setdefault(id(parameter), block.layer)
         block.same_weights_as = None if layer == block.layer else layer
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from gangline.kernels.reference import ExpertMath
+from gangline.models.adapters.parameters import matrix_shape
 from gangline.models.adapters.stacked import StackedAdapter, gated
 from gangline.models.view import ExpertsForward, LayoutFlags, MoEBlock, Routed, StoredField
 
@@ -24,7 +25,8 @@ class DbrxAdapter(StackedAdapter):
 
     def fields(self, module: nn.Module, flags: LayoutFlags) -> tuple[StoredField, ...]:
         """Name ``w1``, ``v1``, ``w2`` by what they do."""
-        shape = (int(cast(int, module.ffn_hidden_size)), int(cast(int, module.hidden_size)))
+        rows, hidden = matrix_shape(module, "mlp.w1", stacked=False)
+        shape = (rows // self.experts_of(module), hidden)
         return (
             StoredField("gate", "mlp.w1", shape),
             StoredField("up", "mlp.v1", shape),

@@ -9,9 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gangline.core.errors import UnsupportedModelError
 from gangline.kernels.reference import ExpertMath
-from gangline.models.adapters.parameters import get_parameter
+from gangline.models.adapters.parameters import matrix_shape
 from gangline.models.adapters.stacked import StackedAdapter, gated
 from gangline.models.view import ExpertsForward, LayoutFlags, MoEBlock, Routed, StoredField
 
@@ -36,7 +35,7 @@ class JetMoeAdapter(StackedAdapter):
     def fields(self, module: nn.Module, flags: LayoutFlags) -> tuple[StoredField, ...]:
         """Name the two parallel linear layers by what they do."""
         named = (("gate_up", "input_linear.weight"), ("down", "output_linear.weight"))
-        return tuple(StoredField(name, path, _shape(module, path)) for name, path in named)
+        return tuple(StoredField(name, path, matrix_shape(module, path)) for name, path in named)
 
     def wrap(self, block: MoEBlock, forward: ExpertsForward) -> Callable[..., Tensor]:
         """Return the block's forward: route, compute, add the block's bias."""
@@ -77,10 +76,3 @@ def _routed(output: tuple[Any, ...], top_k: int) -> Routed:
     ids_TK = torch.empty_like(order_P).scatter_(0, order_P, ids_P).view(-1, top_k)
     weights_TK = torch.empty_like(weight_P).scatter_(0, order_P, weight_P).view(-1, top_k)
     return Routed(logits_TE, weights_TK, ids_TK)
-
-
-def _shape(module: nn.Module, path: str) -> tuple[int, int]:
-    weight = get_parameter(module, path)
-    if weight.dim() != 3:
-        raise UnsupportedModelError(f"{type(module).__name__}.{path} does not hold one matrix per expert")
-    return (int(weight.shape[1]), int(weight.shape[2]))

@@ -3,6 +3,7 @@
 Shape suffixes: T tokens, K chosen experts per token, P = T * K, D hidden, E experts.
 """
 
+import copy
 from collections.abc import Callable
 from typing import cast
 
@@ -54,11 +55,13 @@ class Llama4Adapter(StackedAdapter):
         return ExpertMath(gated(cast(nn.Module, block.experts.act_fn)))
 
     def compute(self, block: MoEBlock, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Run the stock batched product over all experts and keep the chosen outputs."""
-        experts, tokens = block.geometry.experts, x_TD.shape[0]
-        every = block.experts(x_TD.repeat(experts, 1)).view(experts, tokens, -1)
-        rows = torch.arange(tokens, device=x_TD.device).unsqueeze(-1)
-        return cast(Tensor, (every[ids_TK, rows] * weights_TK.unsqueeze(-1)).sum(dim=1))
+        """Run the stock batched product on a copy of the module that holds the chosen experts only."""
+        chosen, place_TK = ids_TK.unique(return_inverse=True)
+        few = copy.copy(block.experts)
+        few._parameters = {n: nn.Parameter(cast(Tensor, p)[chosen]) for n, p in few._parameters.items()}
+        every = few(x_TD.repeat(len(chosen), 1)).view(len(chosen), *x_TD.shape)
+        rows_T1 = torch.arange(len(x_TD), device=x_TD.device).unsqueeze(-1)
+        return cast(Tensor, (every[place_TK, rows_T1] * weights_TK.unsqueeze(-1)).sum(dim=1))
 
     def route(self, block: MoEBlock, x_TD: Tensor, token_ids_T: Tensor) -> Routed:
         """Turn the router's dense scores into ids and weights."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from gangline.kernels.reference import ExpertMath
-from gangline.models.adapters.parameters import get_parameter, set_parameter
+from gangline.models.adapters.parameters import get_parameter, matrix_shape, set_parameter
 from gangline.models.adapters.stacked import StackedAdapter
 from gangline.models.view import ExpertsForward, LayoutFlags, MoEBlock, Routed, StoredField
 
@@ -30,7 +30,11 @@ class ModulesAdapter(StackedAdapter):
         """One field per linear layer."""
         names = (("up", self.up_name), ("down", self.down_name))
         return tuple(
-            StoredField(field, f"expert_{{expert}}.{name}.weight", _shape(module, name))
+            StoredField(
+                field,
+                f"expert_{{expert}}.{name}.weight",
+                matrix_shape(module, f"expert_0.{name}.weight", stacked=False),
+            )
             for field, name in names
         )
 
@@ -192,8 +196,3 @@ def _mask_read_as_ids(block_class: Callable[..., Any], config_class: Callable[..
         chosen_TE = one_hot(torch.tensor([2, 2]), 3)
         heard_TD = block.experts(torch.ones(2, 1), chosen_TE, chosen_TE.float())
     return not bool((heard_TD == 2).all())
-
-
-def _shape(module: nn.Module, name: str) -> tuple[int, int]:
-    weight = get_parameter(module, f"expert_0.{name}.weight")
-    return (int(weight.shape[0]), int(weight.shape[1]))

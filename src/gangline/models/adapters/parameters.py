@@ -26,6 +26,26 @@ def get_parameter(module: nn.Module, path: str) -> Tensor:
     return parameter
 
 
+def matrix_shape(module: nn.Module, path: str, stacked: bool = True) -> tuple[int, int]:
+    """Return the shape of one expert's matrix in a parameter that is one matrix, or a stack of them.
+
+    Raises:
+        UnsupportedModelError: the parameter is quantized, or not of that form.
+    """
+    parameter = get_parameter(module, path)
+    if not parameter.is_floating_point() or parameter.element_size() < 2:
+        raise UnsupportedModelError(
+            f"{type(module).__name__}.{path} holds quantized weights ({parameter.dtype}); "
+            "load the model unquantized, and choose a precision in gangline"
+        )
+    if parameter.dim() != 2 + stacked:
+        raise UnsupportedModelError(
+            f"{type(module).__name__}.{path} has shape {tuple(parameter.shape)}, which is not "
+            f"{'one matrix per expert' if stacked else 'a matrix'}; report the class to gangline"
+        )
+    return (int(parameter.shape[-2]), int(parameter.shape[-1]))
+
+
 def set_parameter(module: nn.Module, path: str, value: Tensor | None) -> None:
     """Set the parameter; None frees it and removes its key from the state dict."""
     owner, name = _owner(module, path)

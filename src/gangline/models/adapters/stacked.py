@@ -1,6 +1,6 @@
 """Experts as stacked parameters: one tensor per matrix with one slice per expert. Base of most adapters.
 
-Shape suffixes: T tokens, D hidden, E experts, F intermediate.
+Shape suffixes: T tokens, K chosen experts per token, D hidden, E experts, G columns of the gate/up product.
 """
 
 import inspect
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gangline.core.errors import UnsupportedModelError
 from gangline.core.geometry import LayerGeometry
 from gangline.kernels.reference import ExpertMath
-from gangline.models.adapters.parameters import get_parameter, set_parameter
+from gangline.models.adapters.parameters import get_parameter, matrix_shape, set_parameter
 from gangline.models.router_table import RouterUnknownError, router_spec
 from gangline.models.view import Adapter, ExpertsForward, LayoutFlags, MoEBlock, Routed, StoredField, Undo
 
@@ -39,7 +39,7 @@ class StackedAdapter(Adapter):
         first = "gate_up" if flags.get("has_gate", True) else "up"
         transposed = flags.get("transposed", False)
         return tuple(
-            StoredField(field, name, _matrix_shape(module, name), transposed)
+            StoredField(field, name, matrix_shape(module, name), transposed)
             for field, name in ((first, f"{first}_proj"), ("down", "down_proj"))
         )
 
@@ -185,21 +185,6 @@ def replace_forward(module: nn.Module, forward: Callable[..., object]) -> Undo:
             module.__dict__["forward"] = before
 
     return undo
-
-
-def _matrix_shape(module: nn.Module, name: str) -> tuple[int, int]:
-    parameter = get_parameter(module, name)
-    if parameter.dim() != 3:
-        raise UnsupportedModelError(
-            f"{type(module).__name__}.{name} has shape {tuple(parameter.shape)}, not one matrix per expert; "
-            "load the model unquantized, and choose a precision in gangline"
-        )
-    if not parameter.is_floating_point() or parameter.element_size() < 2:
-        raise UnsupportedModelError(
-            f"{type(module).__name__}.{name} holds quantized weights ({parameter.dtype}); "
-            "load the model unquantized, and choose a precision in gangline"
-        )
-    return (int(parameter.shape[1]), int(parameter.shape[2]))
 
 
 def _geometry(fields: tuple[StoredField, ...], experts: int, top_k: int) -> LayerGeometry:
