@@ -3,10 +3,10 @@
     python benchmarks/plan_vs_reality.py demo=100MiB@1024 FOLDER=6GiB@600 OTHER=4GiB@600 \
         --rounds 3 --out benchmarks/results/plan_vs_reality.json
 
-Each case is MODEL=MEMORY@CONTEXT: a folder, the word demo, or a shape such as qwen3-30b-a3b:4, which is made in
-the cache folder if it is missing (its size is stated first). Each round runs in a fresh process; its peak resident
-memory is measured from outside. --limit also holds it to the budget by a control group, which counts the page
-cache of every file it touches, libraries included, and so is stricter than the promise.
+Each case is MODEL=MEMORY@CONTEXT: a folder, the word demo, or a shape such as qwen3-30b-a3b:4, which is made
+in the cache folder if it is missing (its size is stated first). Each round runs in a fresh process; its peak
+resident memory is measured from outside. --limit also holds it to the budget by a control group, which counts
+the page cache of every file it touches, libraries included, and so is stricter than the promise.
 """
 
 import argparse
