@@ -30,13 +30,23 @@ HELD_OUT_PACKAGES = {
     "python3.11-doc": ("usr/share/doc/python3.11/html/tutorial", "*.html"),
 }
 
-TOPICS = """the solar system|photosynthesis|the French Revolution|making bread|a lost dog|the number pi|friendship|the ocean|how computers store data|
-the Roman Empire|a haunted house|healthy breakfast|gravity|learning the piano|volcanoes|the printing press|a journey by train|sorting algorithms|
-vaccines|a garden in spring|the stock market|Shakespeare|saving water|the internet|dinosaurs|chess|public speaking|electric cars|honey bees|
-the water cycle|a wise old fisherman|fractions|democracy|the human heart|time management|the moon landing|recycling|Python programming|
-a dragon who is afraid of fire|the history of tea|probability|mountain climbing|black holes|writing a letter|the Silk Road|sleep|robots|rice fields|
-jazz music|a small village|climate|the alphabet|prime numbers|football|libraries|earthquakes|a lighthouse keeper|coffee|the Renaissance|DNA|
-bicycles|winter|job interviews|whales|magnets|a broken clock|rivers|Linux|the Great Wall of China|cooking pasta|stars|kindness""".replace("\n", "").split("|")
+# fmt: off
+TOPICS = (
+    "the solar system", "photosynthesis", "the French Revolution", "making bread", "a lost dog",
+    "the number pi", "friendship", "the ocean", "how computers store data", "the Roman Empire",
+    "a haunted house", "healthy breakfast", "gravity", "learning the piano", "volcanoes",
+    "the printing press", "a journey by train", "sorting algorithms", "vaccines", "a garden in spring",
+    "the stock market", "Shakespeare", "saving water", "the internet", "dinosaurs", "chess",
+    "public speaking", "electric cars", "honey bees", "the water cycle", "a wise old fisherman",
+    "fractions", "democracy", "the human heart", "time management", "the moon landing", "recycling",
+    "Python programming", "a dragon who is afraid of fire", "the history of tea", "probability",
+    "mountain climbing", "black holes", "writing a letter", "the Silk Road", "sleep", "robots",
+    "rice fields", "jazz music", "a small village", "climate", "the alphabet", "prime numbers", "football",
+    "libraries", "earthquakes", "a lighthouse keeper", "coffee", "the Renaissance", "DNA", "bicycles",
+    "winter", "job interviews", "whales", "magnets", "a broken clock", "rivers", "Linux",
+    "the Great Wall of China", "cooking pasta", "stars", "kindness",
+)
+# fmt: on
 
 TEMPLATES = [
     "What is {}?",
@@ -110,27 +120,31 @@ def package_text(package: str, folder: str, pattern: str, work: Path) -> str:
 
 
 def chat_prompts(seed: int = 0) -> list[str]:
-    """Every topic in every template, shuffled: the first ones are for training, the last 32 are held out."""
+    """Every topic in every template, shuffled."""
     prompts = [template.format(topic) for topic, template in itertools.product(TOPICS, TEMPLATES)]
     random.Random(seed).shuffle(prompts)
-    return prompts
+    return prompts[-32:] + prompts[:-32]
 
 
-def chat_ids(tokenizer: Any, model: Any, prompts: int = 128) -> torch.Tensor:
+def chat_ids(tokenizer: Any, model: Any, prompts: int = 96) -> torch.Tensor:
     """The dense model's own sampled answers to the first prompts, in its chat template, one after another."""
     torch.manual_seed(0)
     tokenizer.padding_side = "left"
     parts = []
     for start in range(0, prompts, 32):
         batch = [
-            tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
             for prompt in chat_prompts()[start : start + 32]
         ]
         inputs = tokenizer(batch, return_tensors="pt", padding=True)
         outputs = model.generate(**inputs, do_sample=True, temperature=0.7, top_p=0.95, max_new_tokens=200)
         for mask, row in zip(inputs.attention_mask, outputs, strict=True):
             answer = row[len(mask) :].tolist()
-            end = answer.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in answer else len(answer)
+            end = (
+                answer.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in answer else len(answer)
+            )
             parts.append(row[len(mask) - int(mask.sum()) : len(mask) + end])
     return torch.cat(parts)
 

@@ -13,16 +13,16 @@ log = logging.getLogger("gangline.compress.demo")
 
 
 def demo_folder() -> Path:
-    """Where the converted model lies, or will: the name follows the dense weights, the artifact and the format."""
+    """Where the converted model lies, or will; named after the dense weights, the artifact, the format."""
     parts = (GGUF_SHA256, file_sha256(ARTIFACT), FORMAT)
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     return cache_dir("demo") / f"smollm2-135m-moe-{digest[:16]}"
 
 
 def ensure_demo(progress: bool = True) -> Path:
-    """Folder of the demo model (Mixtral architecture, bfloat16, safetensors, tokenizer); converts it on first use.
+    """Folder of the demo model (Mixtral architecture, bfloat16, with tokenizer); converts it on first use.
 
-    Two processes wait for each other instead of converting twice; an interrupted conversion leaves nothing behind.
+    Two processes wait for each other instead of converting twice; an interrupted one leaves nothing behind.
 
     Args:
         progress: show a progress bar on stderr while converting.

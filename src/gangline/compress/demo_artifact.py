@@ -1,12 +1,11 @@
 """The small file that turns the dense demo model into a MoE: read, write, quantize.
 
-A safetensors file of tensors stacked over layers. Corrections are int8 with one float16 scale per rank.
+A safetensors file of tensors stacked over layers. Corrections are int4 with one float16 scale per rank.
 
-Shapes: L layers, D hidden, N neurons, G groups, W neurons per group, Q and R ranks.
+Shapes: L layers, D hidden, N neurons, G groups, W neurons per group, R a rank, X either side of a correction.
 """
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from gangline.compress.dense_to_moe import LayerPlan, LowRank
 from gangline.core.errors import FormatError
 
-FORMAT = "gangline-demo-1"
+FORMAT = "gangline-demo-2"
 ARTIFACT = Path(__file__).with_name("demo_artifact.safetensors")
 
 
@@ -32,37 +31,77 @@ class Artifact:
     source_sha256: str
 
 
-def _pack_factor(name: str, factor: Tensor, rank_axis: int) -> dict[str, Tensor]:
-    other = -1 if rank_axis == -2 else -2
-    scale = factor.abs().amax(other, keepdim=True).clamp_min(1e-8) / 127
-    stored = scale.half()
-    return {name: (factor / stored.float()).round().clamp(-127, 127).to(torch.int8), f"{name}.scale": stored}
+def _quantize(factor_RX: Tensor) -> tuple[Tensor, Tensor]:
+    """Int4 codes uint8 [..., R, X / 2], low nibble first, and float16 scales [..., R, 1] of least error."""
+    best_error, best_scale = (
+        torch.full_like(factor_RX[..., :1], float("inf")),
+        torch.ones_like(factor_RX[..., :1]),
+    )
+    peak = factor_RX.abs().amax(-1, keepdim=True).clamp_min(1e-6) / 7
+    for clip in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
+        scale = (peak * clip).half().float()
+        error = ((factor_RX / scale).round().clamp(-7, 7) * scale - factor_RX).square().sum(-1, keepdim=True)
+        best_scale = torch.where(error < best_error, scale, best_scale)
+        best_error = torch.minimum(error, best_error)
+    codes = ((factor_RX / best_scale).round().clamp(-7, 7) + 8).to(torch.uint8)
+    return codes[..., 0::2] | (codes[..., 1::2] << 4), best_scale.half()
 
 
-def _pack_low_rank(name: str, parts: Sequence[LowRank]) -> dict[str, Tensor]:
-    left, right = torch.stack([one.left for one in parts]), torch.stack([one.right for one in parts])
-    # Spread the size of a rank-one term evenly over both factors: float16 scales stay in range.
-    size = (right.norm(dim=-1) / left.norm(dim=-2).clamp_min(1e-20)).clamp_min(1e-20).sqrt()
-    left, right = left * size[..., None, :], right / size[..., None]
-    return _pack_factor(f"{name}.left", left, -1) | _pack_factor(f"{name}.right", right, -2)
+def _dequantize(packed: Tensor, scale: Tensor) -> Tensor:
+    codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+    return (codes.float() - 8) * scale.float()
+
+
+def _pack_low_rank(name: str, correction: LowRank) -> dict[str, Tensor]:
+    # Spread the size of every rank-one term evenly over both factors: float16 scales stay in range.
+    left, right = correction.left.transpose(-1, -2), correction.right
+    size = (
+        (right.norm(dim=-1, keepdim=True) / left.norm(dim=-1, keepdim=True).clamp_min(1e-20))
+        .clamp_min(1e-12)
+        .sqrt()
+    )
+    packed = {}
+    for side, factor in (("left", left * size), ("right", right / size)):
+        packed[f"{name}.{side}"], packed[f"{name}.{side}.scale"] = _quantize(factor)
+    return packed
+
+
+def _unpack_low_rank(tensors: dict[str, Tensor], name: str) -> LowRank | None:
+    if f"{name}.left" not in tensors:
+        return None
+    left, right = (
+        _dequantize(tensors[f"{name}.{s}"], tensors[f"{name}.{s}.scale"]) for s in ("left", "right")
+    )
+    return LowRank(left.transpose(-1, -2), right)
+
+
+def pack_plan(plan: LayerPlan, neurons: int) -> dict[str, Tensor]:
+    """The stored tensors of one layer."""
+    member_GN = torch.zeros(len(plan.neurons_GW), neurons, dtype=torch.uint8).scatter_(1, plan.neurons_GW, 1)
+    tensors = {
+        "router": plan.router_GD.bfloat16(),
+        "members": torch.from_numpy(np.packbits(member_GN.numpy(), axis=-1)),
+    }
+    for name in ("shared", "own"):
+        correction: LowRank | None = getattr(plan, name)
+        if correction is not None:
+            tensors |= _pack_low_rank(name, correction)
+    return tensors
+
+
+def unpack_plan(tensors: dict[str, Tensor]) -> LayerPlan:
+    """The plan that one layer's stored tensors mean."""
+    neurons_GW = np.stack([row.nonzero()[0] for row in np.unpackbits(tensors["members"].numpy(), axis=-1)])
+    shared, own = (_unpack_low_rank(tensors, name) for name in ("shared", "own"))
+    return LayerPlan(tensors["router"].float(), torch.from_numpy(neurons_GW), shared, own)
 
 
 def write_artifact(path: Path, artifact: Artifact, neurons: int, notes: dict[str, str]) -> None:
     """Quantize and store; `notes` (where the text came from, ...) go into the file's metadata."""
-    plans = artifact.plans
-    member_LGN = torch.stack(
-        [torch.zeros(len(p.neurons_GW), neurons, dtype=torch.uint8).scatter_(1, p.neurons_GW, 1) for p in plans]
-    )
-    tensors = {
-        "router": torch.stack([plan.router_GD for plan in plans]).bfloat16(),
-        "members": torch.from_numpy(np.packbits(member_LGN.numpy(), axis=-1)),
-    }
-    for name in ("shared", "own"):
-        parts = [part for plan in plans if (part := getattr(plan, name)) is not None]
-        if parts:
-            tensors |= _pack_low_rank(name, parts)
+    layers = [pack_plan(plan, neurons) for plan in artifact.plans]
+    tensors = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
     meta = {"format": FORMAT, "top_k": str(artifact.top_k), "source_sha256": artifact.source_sha256} | notes
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata=meta)
+    save_file(tensors, path, metadata=meta)
 
 
 def read_artifact(path: Path = ARTIFACT) -> Artifact:
@@ -74,28 +113,23 @@ def read_artifact(path: Path = ARTIFACT) -> Artifact:
     try:
         with safe_open(path, "pt") as file:
             meta = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {
+                name: file.get_tensor(name)
+                for name in file.keys()  # noqa: SIM118 - not a dict, has no iterator
+            }
     except (OSError, SafetensorError) as error:
-        raise FormatError(f"{path}: the demo's artifact cannot be read ({error}). Reinstall gangline.") from error
+        raise FormatError(
+            f"{path}: the demo's artifact cannot be read ({error}). Reinstall gangline."
+        ) from error
     if meta.get("format") != FORMAT:
-        raise FormatError(f"{path}: format {meta.get('format')!r}, this gangline reads {FORMAT!r}. Reinstall gangline.")
-    members_LGN = np.unpackbits(tensors["members"].numpy(), axis=-1)
-    plans = []
-    for index, member_GN in enumerate(members_LGN):
-        neurons_GW = torch.from_numpy(np.stack([row.nonzero()[0] for row in member_GN]))
-        shared, own = (_low_rank(tensors, name, index) for name in ("shared", "own"))
-        plans.append(LayerPlan(tensors["router"][index].float(), neurons_GW, shared, own))
+        raise FormatError(
+            f"{path}: format {meta.get('format')!r}, this gangline reads {FORMAT!r}. Reinstall gangline."
+        )
+    layers = len(tensors["router"])
+    plans = [
+        unpack_plan({name: stacked[index] for name, stacked in tensors.items()}) for index in range(layers)
+    ]
     return Artifact(plans, int(meta["top_k"]), meta["source_sha256"])
-
-
-def _low_rank(tensors: dict[str, Tensor], name: str, index: int) -> LowRank | None:
-    if f"{name}.left" not in tensors:
-        return None
-    left, right = (
-        tensors[f"{name}.{side}"][index].float() * tensors[f"{name}.{side}.scale"][index].float()
-        for side in ("left", "right")
-    )
-    return LowRank(left, right)
 
 
 def file_sha256(path: Path) -> str:

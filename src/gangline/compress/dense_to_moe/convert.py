@@ -42,10 +42,10 @@ def convert_dense(
     """Convert a dense model into a Mixtral-architecture MoE without training.
 
     Per layer: spherical k-means of the FFN inputs into `experts / top_k` groups, each group keeps the neurons
-    with the most output energy on its tokens, and its down projection is refitted by ridge regression on the
-    converted model's own inputs. After Read-ME (arXiv 2410.19123: experts are the neurons that matter to a kind
-    of text) and MoEfication (arXiv 2110.01786: clusters of one FFN); unlike both the clusters are of tokens, per
-    layer, the experts may share neurons, the router is linear and nothing is trained.
+    with the most output energy on its tokens, and its down projection is refitted by ridge regression on
+    the converted model's own inputs. After Read-ME (arXiv 2410.19123: experts are the neurons that matter to
+    a kind of text) and MoEfication (arXiv 2110.01786: clusters within one FFN); unlike both, the clusters are
+    of tokens and per layer, experts may share neurons, the router is linear and nothing is trained.
 
     Args:
         source: folder, hub id or GGUF file of a bias-free Llama or Mistral model.
@@ -67,21 +67,35 @@ def convert_dense(
     if target.exists():
         raise UsageError(f"{target} exists already. Give a new folder or remove it first.")
     if top_k < 1 or experts < top_k or experts % top_k:
-        raise UsageError(f"{experts} experts cannot be dealt out in groups of top_k={top_k}. Give a multiple of top_k.")
+        raise UsageError(
+            f"{experts} experts cannot be dealt out in groups of top_k={top_k}. Give a multiple of top_k."
+        )
     model, tokenizer = load_dense(source)
     neurons = model.config.intermediate_size
     width = neurons * 3 // 4 // top_k if width is None else width
     if not 1 <= width * top_k <= neurons:
-        raise UsageError(f"top_k={top_k} experts of width {width} need {width * top_k} neurons, the model has {neurons}.")
+        raise UsageError(
+            f"top_k={top_k} experts of width {width} need {width * top_k} neurons, the model has {neurons}."
+        )
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if len(ids) < length:
         raise UsageError(f"The text has {len(ids)} tokens, at least {length} are needed. Give more text.")
     ids_SC = cut_sequences(ids, length, tokens)
     if ids_SC.numel() < experts // top_k * 16:
-        raise UsageError(f"{ids_SC.numel()} tokens are too few for {experts} experts. Give more text or fewer experts.")
+        raise UsageError(
+            f"{ids_SC.numel()} tokens are too few for {experts} experts. Give more text or fewer experts."
+        )
     log.info("converting %s on %d tokens", source, ids_SC.numel())
     full = width * top_k == neurons
     config = FitConfig(experts // top_k, width * top_k, own_rank=None if refit and not full else 0)
     with complete_folder(target) as folder, layer_bar(len(model.model.layers), progress) as bar:
-        write_mixtral(model, tokenizer, fit_layers(model, ids_SC, config), folder, top_k=top_k, dtype=dtype, on_layer=bar)
+        write_mixtral(
+            model,
+            tokenizer,
+            fit_layers(model, ids_SC, config),
+            folder,
+            top_k=top_k,
+            dtype=dtype,
+            on_layer=bar,
+        )
     return target

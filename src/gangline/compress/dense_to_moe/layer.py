@@ -103,7 +103,9 @@ def _low_rank(delta_DN: Tensor, gram_NN: Tensor, rank: int | None) -> LowRank:
     return LowRank(*truncate(delta_DN, gram_NN, rank))
 
 
-def fit_layer(ffn: DenseFFN, x_TD: Tensor, target_TD: Tensor, weight_T: Tensor, config: FitConfig) -> LayerPlan:
+def fit_layer(
+    ffn: DenseFFN, x_TD: Tensor, target_TD: Tensor, weight_T: Tensor, config: FitConfig
+) -> LayerPlan:
     """Cluster, choose neurons, refit the down projection: first for all tokens, then for every group.
 
     Args:

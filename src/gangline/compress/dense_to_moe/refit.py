@@ -8,8 +8,9 @@ from torch import Tensor
 
 
 def ridge_delta(h_TN: Tensor, target_TD: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """`delta [D, N]` minimising `|h delta^T - target|^2 + ridge * mean(diag(gram)) * |delta|^2`, and the gram [N, N].
+    """`delta [D, N]` and the gram matrix `h^T h`.
 
+    `delta` minimises `|h delta^T - target|^2 + ridge * mean(diag(gram)) * |delta|^2`.
     `target` is what the present weights leave over, so the penalty pulls towards the present weights.
     """
     gram_NN = h_TN.T @ h_TN

@@ -1,4 +1,4 @@
-"""Choose the neurons of every group and the linear router that sends a token to the group that serves it best.
+"""Choose the neurons of every group and the linear router that sends a token to its group.
 
 Shapes: T tokens, D hidden, N neurons of the dense FFN, G groups, W neurons per group.
 """

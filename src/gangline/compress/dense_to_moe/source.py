@@ -32,7 +32,8 @@ def load_dense(source: str | Path) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(where[0], dtype=torch.float32, **where[1])
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{source}: no dense model could be loaded ({error}). Give a folder, hub id or GGUF file of a Llama model."
+            f"{source}: no dense model could be loaded ({error}). "
+            "Give a folder, hub id or GGUF file of a Llama model."
         ) from error
     check_dense(model)
     return model.eval(), tokenizer

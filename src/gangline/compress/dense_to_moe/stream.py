@@ -3,7 +3,7 @@
 Shapes: S sequences, C tokens per sequence, T = S * C tokens, D hidden.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,7 +37,12 @@ def _dense_out(layer: Any, mid_SCD: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def fit_layers(
-    model: Any, ids_SC: Tensor, config: FitConfig, *, dtype: torch.dtype = torch.float32
+    model: Any,
+    ids_SC: Tensor,
+    config: FitConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    stored: Callable[[LayerPlan], LayerPlan] = lambda plan: plan,
 ) -> Iterator[LayerPlan]:
     """Fit all layers in order; yields a plan per layer.
 
@@ -47,6 +52,7 @@ def fit_layers(
     Args:
         ids_SC: token ids of the calibration text, sequences of equal length.
         dtype: attention and the dense FFN are computed in it; the fits always are in float32.
+        stored: what storing makes of a plan (quantization); later layers then make good its error too.
     """
     dense_SCD = model.model.embed_tokens(ids_SC).float()
     moe_SCD = dense_SCD
@@ -57,6 +63,6 @@ def fit_layers(
         x_TD = layer.post_attention_layernorm(mid_SCD).flatten(0, 1)
         target_TD = (dense_SCD - mid_SCD).flatten(0, 1)
         weight_T = dense_SCD.flatten(0, 1).norm(dim=1).reciprocal()
-        plan = fit_layer(ffn, x_TD, target_TD, weight_T / weight_T.mean(), config)
+        plan = stored(fit_layer(ffn, x_TD, target_TD, weight_T / weight_T.mean(), config))
         moe_SCD = mid_SCD + plan.output(ffn, x_TD).view_as(mid_SCD)
         yield plan

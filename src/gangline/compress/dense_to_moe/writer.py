@@ -1,7 +1,6 @@
 """Write a converted model as a stock Mixtral checkpoint: complete folder, or nothing."""
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,17 +16,34 @@ from gangline.compress.dense_to_moe.layer import DenseFFN, LayerPlan
 from gangline.compress.dense_to_moe.source import dense_ffn
 
 LAYERS_PER_SHARD = 5
+KEPT = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "hidden_act",
+    "initializer_range",
+)
 
 
 @contextmanager
 def complete_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` when the block ends well and vanishes when it does not."""
+    """A temporary folder beside `out`: becomes `out` when the block ends well, vanishes when it does not."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         yield temporary
         temporary.chmod(0o755)
-        os.replace(temporary, out)
+        temporary.replace(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -36,13 +52,14 @@ def mixtral_config(dense: Any, experts: int, top_k: int, width: int) -> Any:
     """The Mixtral configuration that keeps everything of the dense one but the FFN."""
     from transformers import MixtralConfig
 
-    kept = """vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    max_position_embeddings rms_norm_eps rope_parameters tie_word_embeddings bos_token_id eos_token_id
-    pad_token_id hidden_act initializer_range""".split()
-    values = {name: getattr(dense, name) for name in kept if hasattr(dense, name)}
+    values = {name: getattr(dense, name) for name in KEPT if hasattr(dense, name)}
     window = getattr(dense, "sliding_window", None)
     config = MixtralConfig(
-        **values, sliding_window=window, intermediate_size=width, num_local_experts=experts, num_experts_per_tok=top_k
+        **values,
+        sliding_window=window,
+        intermediate_size=width,
+        num_local_experts=experts,
+        num_experts_per_tok=top_k,
     )
     config.architectures = ["MixtralForCausalLM"]
     return config
@@ -51,7 +68,9 @@ def mixtral_config(dense: Any, experts: int, top_k: int, width: int) -> Any:
 def layer_tensors(prefix: str, layer: Any, ffn: DenseFFN, plan: LayerPlan, top_k: int) -> dict[str, Tensor]:
     """All tensors of one decoder layer under their Mixtral names."""
     tensors = {
-        f"{prefix}.{name}": value.detach() for name, value in layer.named_parameters() if not name.startswith("mlp.")
+        f"{prefix}.{name}": value.detach()
+        for name, value in layer.named_parameters()
+        if not name.startswith("mlp.")
     }
     moe, rows = f"{prefix}.block_sparse_moe", []
     for expert, (row_D, weights) in enumerate(plan.experts(ffn, top_k)):
@@ -73,7 +92,7 @@ def write_mixtral(
     dtype: torch.dtype = torch.bfloat16,
     on_layer: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write config, tokenizer and sharded safetensors into `folder`; `plans` is consumed one layer at a time."""
+    """Write config, tokenizer and sharded safetensors into `folder`, taking `plans` one layer at a time."""
     shards: list[tuple[str, list[str]]] = []
     size, experts, width = 0, 0, 0
 
@@ -84,7 +103,10 @@ def write_mixtral(
         save_file(stored, folder / shards[-1][0], metadata={"format": "pt"})
         size += sum(value.nbytes for value in stored.values())
 
-    outside = {"model.embed_tokens.weight": model.model.embed_tokens.weight, "model.norm.weight": model.model.norm.weight}
+    outside = {
+        "model.embed_tokens.weight": model.model.embed_tokens.weight,
+        "model.norm.weight": model.model.norm.weight,
+    }
     if not model.config.tie_word_embeddings:
         outside["lm_head.weight"] = model.lm_head.weight
     save({name: value.detach() for name, value in outside.items()})
@@ -108,7 +130,7 @@ def write_mixtral(
 
 def _write_index(folder: Path, shards: list[tuple[str, list[str]]], size: int) -> None:
     """Give the shards their usual names and write the index."""
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, (name, tensors) in enumerate(shards, start=1):
         final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         (folder / name).rename(folder / final)

@@ -1,0 +1,137 @@
+"""Distil the corrections of a converted model end to end from the dense model it came from.
+
+The loss is the Kullback-Leibler divergence of next-token distributions, teacher first, as in knowledge
+distillation (arXiv 1503.02531); only the low-rank corrections learn, routers and neurons stay as fitted.
+
+Shapes: T tokens, D hidden, N neurons, G groups, R and Q ranks, B sequences, C tokens per sequence.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gangline.compress.dense_to_moe.layer import LayerPlan, LowRank
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Steps, and the step size relative to the typical size of each factor's entries."""
+
+    steps: int = 200
+    rate: float = 0.02
+    warmup: int = 10
+
+
+class GroupedFFN(nn.Module):
+    """The dense FFN (teacher) and its grouped form (student) in one module, sharing the frozen weights.
+
+    The student computes all neurons and masks those outside the token's group: on small models this is faster
+    to train than gathering, and gives the same numbers as the experts.
+    """
+
+    def __init__(self, mlp: Any, plan: LayerPlan) -> None:
+        super().__init__()
+        if plan.shared is None or plan.own is None:
+            raise ValueError("only a plan with shared and own corrections can be distilled")
+        self.mlp, self.plan, self.teacher = mlp.requires_grad_(False), plan, False
+        groups, neurons = len(plan.neurons_GW), mlp.down_proj.in_features
+        rank = plan.own.right.shape[1]
+        self.member_GN = torch.zeros(groups, neurons).scatter_(1, plan.neurons_GW, 1.0)
+        right_GRN = torch.zeros(groups, rank, neurons)
+        right_GRN.scatter_(2, plan.neurons_GW[:, None].expand(-1, rank, -1), plan.own.right)
+        self.shared_left_DQ, self.shared_right_QN = (
+            nn.Parameter(f.clone()) for f in (plan.shared.left, plan.shared.right)
+        )
+        self.own_left_GDR, self.own_right_GRN = nn.Parameter(plan.own.left.clone()), nn.Parameter(right_GRN)
+
+    def forward(self, x_BCD: Tensor) -> Tensor:
+        """Output of the FFN, dense or grouped."""
+        if self.teacher:
+            dense_BCD: Tensor = self.mlp(x_BCD)
+            return dense_BCD
+        x_TD = x_BCD.flatten(0, -2)
+        group_T = (x_TD.float() @ self.plan.router_GD.T).argmax(1)
+        h_TN = nn.functional.silu(self.mlp.gate_proj(x_TD)) * self.mlp.up_proj(x_TD)
+        h_TN = h_TN * self.member_GN.to(h_TN.dtype)[group_T]
+        y_TD = self.mlp.down_proj(h_TN) + (h_TN @ self.shared_right_QN.T) @ self.shared_left_DQ.T
+        inner_TGR = (h_TN @ self.own_right_GRN.flatten(0, 1).T).unflatten(1, self.own_right_GRN.shape[:2])
+        chosen_TG1 = nn.functional.one_hot(group_T, len(self.member_GN)).to(inner_TGR.dtype)[..., None]
+        y_TD = y_TD + (inner_TGR * chosen_TG1).flatten(1) @ self.own_left_GDR.transpose(1, 2).flatten(0, 1)
+        output_BCD: Tensor = y_TD.view_as(x_BCD)
+        return output_BCD
+
+    def learned(self) -> LayerPlan:
+        """The plan with the corrections as they are now."""
+        neurons_GW = self.plan.neurons_GW
+        index_GRW = neurons_GW[:, None].expand(-1, self.own_right_GRN.shape[1], -1)
+        own = LowRank(self.own_left_GDR.detach().clone(), self.own_right_GRN.detach().gather(2, index_GRW))
+        shared = LowRank(self.shared_left_DQ.detach().clone(), self.shared_right_QN.detach().clone())
+        return LayerPlan(self.plan.router_GD, neurons_GW, shared, own)
+
+
+def _logits(model: Any, ids_BC: Tensor, *, teacher: bool, dtype: torch.dtype) -> Tensor:
+    for layer in model.model.layers:
+        layer.mlp.teacher = teacher
+    with (
+        torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32),
+        torch.set_grad_enabled(not teacher),
+    ):
+        logits_BCV: Tensor = model(ids_BC, use_cache=False).logits
+    return logits_BCV.flatten(0, 1).float().log_softmax(-1)
+
+
+def distill(
+    model: Any,
+    plans: list[LayerPlan],
+    batches: Iterable[Tensor],
+    config: DistillConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    on_step: Callable[[int, float, Callable[[], list[LayerPlan]]], object] = lambda step, loss, plans: None,
+) -> list[LayerPlan]:
+    """Train the corrections in `plans` on `batches` of token ids [B, C]; changes `model` in place.
+
+    Args:
+        model: the dense model; its FFN modules are replaced.
+        on_step: called with the step, its loss in nats per token, a function that gives the present plans.
+
+    Returns:
+        The learned plans.
+    """
+    model.requires_grad_(False)
+    for layer, plan in zip(model.model.layers, plans, strict=True):
+        layer.mlp = GroupedFFN(layer.mlp, plan)
+    modules = [layer.mlp for layer in model.model.layers]
+    factors = [factor for module in modules for factor in module.parameters() if factor.requires_grad]
+    sizes = [float(factor.detach().square().mean().sqrt()) for factor in factors]
+    adam = torch.optim.Adam(
+        [{"params": [f], "lr": config.rate * size} for f, size in zip(factors, sizes, strict=True)],
+        betas=(0.9, 0.98),
+    )
+
+    def share(step: int) -> float:
+        return (
+            min(1.0, (step + 1) / config.warmup)
+            * 0.5
+            * (1 + math.cos(math.pi * min(1.0, step / config.steps)))
+        )
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, share)
+
+    def learned() -> list[LayerPlan]:
+        return [module.learned() for module in modules]
+
+    for step, ids_BC in zip(range(config.steps), batches, strict=False):
+        teacher_TV = _logits(model, ids_BC, teacher=True, dtype=dtype)
+        student_TV = _logits(model, ids_BC, teacher=False, dtype=dtype)
+        loss = nn.functional.kl_div(student_TV, teacher_TV, log_target=True, reduction="batchmean")
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        schedule.step()
+        on_step(step, float(loss.detach()), learned)
+    return learned()
