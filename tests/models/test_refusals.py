@@ -45,6 +45,16 @@ def test_unknown_experts_beside_known_ones_are_refused(seed: int) -> None:
         find_moe(model)
 
 
+def test_a_class_named_after_experts_is_not_taken_for_dense() -> None:
+    class HomeMadeMoELayer(nn.Module):
+        pass
+
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    model.model.layers[0].mlp = HomeMadeMoELayer()
+    with pytest.raises(UnsupportedModelError, match="HomeMadeMoELayer"):
+        find_moe(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8])
 def test_quantized_experts_are_refused(seed: int, dtype: torch.dtype) -> None:
     model = tiny_model("olmoe", seed)
@@ -65,6 +75,23 @@ def test_conformance_needs_real_routers(seed: int) -> None:
     view = find_moe(on_meta(tiny_model("mixtral", seed)))
     with pytest.raises(ConformanceError, match="meta device"):
         check_conformance(view)
+
+
+def test_a_router_with_another_output_order_is_refused(seed: int) -> None:
+    model = tiny_model("granitemoe", seed)
+    for layer in model.model.layers:
+        router = layer.block_sparse_moe.router
+        stock = type(router).forward
+
+        class Reordered(type(router)):  # type: ignore[misc]
+            def forward(self, x_TD, stock=stock):
+                logits_TE, weights_TK, ids_TK = stock(self, x_TD)
+                return ids_TK, weights_TK, logits_TE
+
+        Reordered.__name__ = type(router).__name__
+        router.__class__ = Reordered
+    with pytest.raises(ConformanceError, match="does not return"):
+        check_conformance(find_moe(model))
 
 
 def test_conformance_passes_over_dropped_experts_and_unknown_routers(seed: int) -> None:

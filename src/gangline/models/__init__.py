@@ -8,6 +8,7 @@ from gangline.models.access import (
     restore_expert_params,
     stored_fields,
 )
+from gangline.models.chunking import is_chunk_safe
 from gangline.models.conformance import check_conformance
 from gangline.models.detect import find_moe
 from gangline.models.resident import resident_forward
@@ -28,6 +29,7 @@ __all__ = [
     "expert_tensors",
     "find_moe",
     "install",
+    "is_chunk_safe",
     "resident_forward",
     "restore_expert_params",
     "select",

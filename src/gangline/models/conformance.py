@@ -67,9 +67,11 @@ def _check_router(
 
 def _difference(theirs: Routed, ours: Selection, experts: int) -> str:
     """Return what differs, or an empty string; slots come in any order, one of weight 0 holds no expert."""
+    if theirs.ids_TK.is_floating_point() or theirs.ids_TK.shape != theirs.weights_TK.shape:
+        return "it does not return (logits, weights, ids), as it does from transformers 5.21 on"
     classes = 1 + max(experts, int(theirs.ids_TK.max()), int(ours.ids_TK.max()))
     dense = [
-        torch.zeros(len(ids_TK), classes).scatter_add_(1, ids_TK.cpu(), weights_TK.float().cpu())
+        torch.zeros(len(ids_TK), classes).scatter_add_(1, ids_TK.long().cpu(), weights_TK.float().cpu())
         for weights_TK, ids_TK in ((theirs.weights_TK, theirs.ids_TK), (ours.weights_TK, ours.ids_TK))
     ]
     wrong = ((dense[0] != 0) != (dense[1] != 0)).any(dim=1)

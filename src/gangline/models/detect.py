@@ -1,5 +1,7 @@
 """Find the MoE layers of any transformers model, also on the meta device."""
 
+import re
+
 from torch import nn
 
 from gangline.core.errors import UnsupportedModelError
@@ -9,6 +11,7 @@ from gangline.models.view import MoEBlock, MoEView
 
 # Attention whose query and output projections are experts: these stay ordinary dense weights.
 _DENSE_BY_CHOICE = ("JetMoeMoA",)
+_MOE_CLASS = re.compile(r"(MoE|Moe|Experts)(Layer|Block)?$")
 
 
 def find_moe(model: nn.Module) -> MoEView:
@@ -44,7 +47,7 @@ def _mark_shared_weights(blocks: list[MoEBlock]) -> None:
 
 
 def _refuse_unknown(model: nn.Module, known: list[str]) -> None:
-    """Raise if a module counts experts but lies neither inside nor around a block that we know."""
+    """Raise if a module counts experts, or is named after them, away from every block that we know."""
     for name, module in model.named_modules():
         if not _looks_like_moe(module) or type(module).__name__ in _DENSE_BY_CHOICE:
             continue
@@ -61,7 +64,7 @@ def _looks_like_moe(module: nn.Module) -> bool:
     if hasattr(module, "config_class"):  # a whole model may carry a count for its loss
         return False
     count = getattr(module, "num_experts", None)
-    return isinstance(count, int) and count > 1
+    return (isinstance(count, int) and count > 1) or _MOE_CLASS.search(type(module).__name__) is not None
 
 
 def _below_dense_by_choice(model: nn.Module, name: str) -> bool:

@@ -1,12 +1,12 @@
 """Compute a block from the module's own tensors with the reference kernel: the yardstick of adapters.
 
-Shape suffixes: T tokens, K chosen experts per token, D hidden, P (token, expert) pairs.
+Shape suffixes: T tokens, K chosen experts per token, D hidden.
 """
 
 import torch
 from torch import Tensor
 
-from gangline.kernels.grouping import combine, group_by_expert
+from gangline.kernels.grouping import group_by_expert
 from gangline.kernels.reference import ReferenceKernel
 from gangline.models.access import expert_math, expert_tensors, stored_fields
 from gangline.models.view import ExpertsForward, MoEBlock
@@ -20,14 +20,12 @@ def resident_forward(block: MoEBlock) -> ExpertsForward:
 
     def forward(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         grouping = group_by_expert(ids_TK, weights_TK, block.geometry.experts)
-        shape = (len(grouping.token_P) + 1, x_TD.shape[-1])
-        y_PD = torch.zeros(shape, dtype=torch.float32, device=x_TD.device)
-        for i, expert in enumerate(grouping.experts):
-            rows = slice(grouping.starts[i], grouping.starts[i + 1])
+        out_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
+        for index, expert in enumerate(grouping.experts):
             weights = kernel.bind(
                 [t.contiguous().flatten().view(torch.uint8) for t in expert_tensors(block, expert)]
             )
-            y_PD[rows] = kernel(x_TD[grouping.token_P[rows]].to(dtype), weights, expert).float()
-        return combine(y_PD, grouping, x_TD.dtype)
+            grouping.add(index, kernel(x_TD[grouping.tokens(index)].to(dtype), weights, expert), out_TD)
+        return out_TD.to(x_TD.dtype)
 
     return forward
