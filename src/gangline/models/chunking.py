@@ -9,7 +9,7 @@ _UNSAFE = {"glm5_next", "hy_v4", "jamba", "minimax"}
 def is_chunk_safe(config: PreTrainedConfig) -> bool:
     """Whether feeding a prompt in chunks gives the tokens of feeding it whole.
 
-    Composite models are counted out: positions of their other modalities are worked out from the whole prompt.
+    Composite models are counted out: the positions of their other modalities follow from the whole prompt.
     Encoder-decoders have no prompt to cut.
     """
     composite = config.get_text_config() is not config
