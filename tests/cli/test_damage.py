@@ -86,6 +86,25 @@ def test_folder_without_a_model(fails, tmp_path):
     assert str(tmp_path) in fails(tmp_path)
 
 
+def test_damaged_pack(gangline, only_error, intact, tmp_path, monkeypatch):
+    monkeypatch.setenv("GANGLINE_HOME", str(tmp_path / "home"))
+    words = ["run", intact, "hello", "-n", "2", "--precision", "int8"]
+    assert gangline(*words).exit_code == 0
+    (pack,) = (tmp_path / "home" / "packs").glob("[!.]*/experts.bin")
+    data = bytearray(pack.read_bytes())
+    data[100] ^= 1
+    pack.write_bytes(data)
+    verified = gangline("cache", "verify")
+    assert verified.exit_code == 3
+    assert "layer 0, expert 0" in verified.stdout
+    result = gangline(*words)
+    assert result.exit_code == 1
+    assert "expert 0" in only_error(result)
+    name = f"packs/{pack.parent.name}"
+    assert gangline("cache", "rm", name, "--yes").exit_code == 0
+    assert gangline(*words).exit_code == 0
+
+
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 64, b"no gguf"])
 def test_corrupt_gguf(fails, tmp_path, content):
     file = tmp_path / "broken.gguf"

@@ -10,6 +10,7 @@ from evaluation.tiny_text import saved_model
 from gangline.benchmarks.shapes import make_shape
 from gangline.core.errors import UsageError
 from gangline.evaluation import check as check_module
+from gangline.evaluation import reference as reference_module
 from gangline.evaluation.check import CheckSettings, check_model
 from gangline.evaluation.generation import Generation
 
@@ -74,7 +75,7 @@ def test_without_reference(folder):
 
 
 def test_reference_that_does_not_fit_is_said(folder, monkeypatch):
-    monkeypatch.setattr(check_module, "no_room_for_plain", lambda *model: "needs 9 TiB of memory")
+    monkeypatch.setattr(reference_module, "no_room_for_plain", lambda *model: "needs 9 TiB of memory")
     report = check_model(folder, SHORT)
     assert report.reference == "not run: needs 9 TiB of memory"
     assert report.reference_passed is None
@@ -100,6 +101,7 @@ class Spoiler:
             return change(found) if self.calls == at else found
 
         monkeypatch.setattr(check_module, "generate_greedy", generate)
+        monkeypatch.setattr(reference_module, "generate_greedy", generate)
 
 
 def flipped_bit(found):

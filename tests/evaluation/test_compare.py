@@ -7,8 +7,8 @@ from gangline.evaluation.compare import (
     TOLERANCE,
     agreement,
     bit_equal,
+    first_offence,
     logit_tolerance,
-    only_near_ties,
 )
 from gangline.evaluation.generation import Generation
 
@@ -67,14 +67,24 @@ def test_after_the_first_difference_nothing_is_compared(seed):
     assert agreement(ours, reference).max_abs_logit_diff == pytest.approx(0.5)
 
 
-def test_near_ties_are_those_within_twice_the_tolerance(seed):
+def test_a_near_tie_is_no_offence_and_ends_the_row(seed):
     reference = generation(seed)
-    found = agreement(changed(reference, 0, 0, int(reference.tokens_BN[0, 0] + 1) % 11), reference)
-    margin = found.divergences[0].margin
-    assert only_near_ties(found.divergences, margin)
-    assert only_near_ties(found.divergences, margin / 2)
-    assert not only_near_ties(found.divergences, margin / 2.01)
-    assert only_near_ties((), 0.0)
+    ours = changed(reference, 1, 2, int(reference.tokens_BN[1, 2] + 1) % 11)
+    ours.logits_BNV[1, 3:] += 100.0
+    margin = agreement(ours, reference).divergences[0].margin
+    assert first_offence(ours, reference, 1, margin / 1.99) is None
+    assert first_offence(ours, reference, 1, margin / 2.01) == 2
+    assert first_offence(ours, reference, 0, 0.0) is None
+
+
+def test_a_logit_outside_the_tolerance_is_an_offence(seed):
+    reference = generation(seed)
+    ours = generation(seed)
+    ours.logits_BNV[0, 3, 1] += 0.5
+    assert first_offence(ours, reference, 0, 0.49) == 3
+    assert first_offence(ours, reference, 0, 0.51) is None
+    ours.logits_BNV[0, 1, 1] = torch.nan
+    assert first_offence(ours, reference, 0, 10.0) == 1
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -92,12 +92,17 @@ def _cells(case: "Case") -> tuple[str, ...]:
 
 
 def _ties(report: "CheckReport") -> list[str]:
-    """Return one line per place where a token differs from the plain model's."""
+    """Return one line per place where a token or a routing differs from the plain model's."""
     lines = []
     for item in dict.fromkeys(found for case in report.cases for found in case.divergences):
         near = report.tolerance is not None and item.margin <= 2 * report.tolerance
         lines.append(
             f"row {item.row}, token {item.position}: {item.token} instead of {item.reference_token}, "
             f"which the plain model preferred by {item.margin:.3g}" + (" (a near-tie)" if near else "")
+        )
+    for flip in report.flips:
+        lines.append(
+            f"row {flip.row}, position {flip.position}, {flip.layer}: experts {flip.experts} instead of "
+            f"{flip.reference_experts}, inputs within {flip.input_difference:.2g} (a router tie)"
         )
     return lines

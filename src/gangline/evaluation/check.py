@@ -10,22 +10,23 @@ tolerance, and a token may differ only where the reference itself was within tha
 import gc
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from gangline.checkpoint.locate import LocalCheckpoint
-from gangline.core.errors import UsageError
+from gangline.core.errors import BudgetError, UsageError
+from gangline.core.sizes import format_size
 from gangline.evaluation.check_report import Case, CheckReport
-from gangline.evaluation.compare import agreement, bit_equal, logit_tolerance, only_near_ties
+from gangline.evaluation.compare import agreement, bit_equal
 from gangline.evaluation.generation import Generation, generate_greedy
-from gangline.evaluation.plain import find_checkpoint, load_plain, load_tokenizer, no_room_for_plain, place
+from gangline.evaluation.plain import find_checkpoint, load_tokenizer, place
 from gangline.evaluation.prompts import prompt_ids
+from gangline.evaluation.reference import OFF, judge, recorded_runs, run_reference
+from gangline.runtime.opened import OpenedModel, codec_of, open_model
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +63,6 @@ class CheckSettings:
             raise UsageError("batch sizes, prompt tokens and new tokens must be above zero")
 
 
-@dataclass(frozen=True)
-class _Reference:
-    """What the plain model said, by batch size; empty with the reason where it did not run."""
-
-    name: str
-    runs: Mapping[int, Generation]
-    tolerance: float | None
-
-
 def check_model(
     model: str | Path,
     settings: CheckSettings | None = None,
@@ -94,20 +86,20 @@ def check_model(
     """
     settings = settings or CheckSettings()
     say = progress or logger.info
+    precision = str(loading.get("precision", "stored"))
     checkpoint = find_checkpoint(model, revision)
-    tokenizer = load_tokenizer(checkpoint)
+    opened = open_model(checkpoint, loading.get("dtype"))
+    _require_room(opened, precision)
+    layers = [block.name for block in opened.view.blocks]
     loading = {"model": place(model), "revision": revision, **loading}
     say("all experts in memory")
     with _loaded(**loading, expert_slots=_EVERY) as ours:
-        vocabulary = ours.get_input_embeddings().num_embeddings
-        prompts = {
-            batch: prompt_ids(tokenizer, vocabulary, batch, settings.prompt_tokens, settings.seed)
-            for batch in settings.batch_sizes
-        }
-        resident = _generations(ours, prompts, settings.new_tokens)
-        kind, config, dtype = type(ours), ours.config, ours.dtype
+        prompts = _prompts(ours, load_tokenizer(checkpoint), settings)
+        resident = recorded_runs(ours, layers, prompts, settings.new_tokens)
         budgets = _budgets(settings.shares, ours.gangline)
-    reference = _reference(checkpoint, (kind, config, dtype), prompts, settings, say)
+    reference = (
+        run_reference(opened, checkpoint, prompts, settings.new_tokens, say) if settings.reference else OFF
+    )
     cases = []
     for name, slots, cache_seed in _runs(budgets, settings.cache_seeds):
         cache = "default" if cache_seed is None else f"random {cache_seed}"
@@ -117,18 +109,42 @@ def check_model(
                 before = ours.gangline.stats().host_misses
                 found = generate_greedy(ours, ids_BP, settings.new_tokens)
                 misses = ours.gangline.stats().host_misses - before
-                pair = (resident[batch], reference.runs.get(batch))
+                plain = reference.runs[batch].generation if reference.runs else None
+                pair = (resident[batch].generation, plain)
                 cases.append(_case((name, slots, cache, batch, misses), found, *pair))
-    precision = str(loading.get("precision", "stored"))
+    agrees, flips = judge(resident, reference, opened.dtype, settings.prompt_tokens)
     return CheckReport(
         model=str(model),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(opened.dtype).removeprefix("torch."),
         precision=precision,
         reference=reference.name,
         tolerance=reference.tolerance,
-        reference_passed=_reference_passed(reference, cases, dtype) if precision == "stored" else None,
+        reference_passed=agrees if precision == "stored" else None,
+        flips=flips,
         cases=tuple(cases),
     )
+
+
+def _require_room(opened: OpenedModel, precision: str) -> None:
+    """Refuse a model that cannot be wholly in memory once: there would be nothing to compare with."""
+    import psutil
+
+    footprint = opened.footprint(codec_of(precision))
+    needed, available = footprint.dense + footprint.all_slots, psutil.virtual_memory().available
+    if needed > available:
+        raise BudgetError(
+            f"{opened.name}: the check needs all experts in memory once, {format_size(needed)}; "
+            f"{format_size(available)} is available. Check a cut-down copy, or on a larger machine",
+            needed,
+        )
+
+
+def _prompts(model: Any, tokenizer: Any | None, settings: CheckSettings) -> dict[int, Tensor]:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return {
+        batch: prompt_ids(tokenizer, vocabulary, batch, settings.prompt_tokens, settings.seed)
+        for batch in settings.batch_sizes
+    }
 
 
 @contextmanager
@@ -161,33 +177,6 @@ def _runs(
             yield name, slots, cache_seed
 
 
-def _generations(model: Any, prompts: Mapping[int, Tensor], new_tokens: int) -> dict[int, Generation]:
-    return {batch: generate_greedy(model, ids_BP, new_tokens) for batch, ids_BP in prompts.items()}
-
-
-def _reference(
-    checkpoint: LocalCheckpoint,
-    identity: tuple[Any, Any, torch.dtype],
-    prompts: Mapping[int, Tensor],
-    settings: CheckSettings,
-    say: Progress,
-) -> _Reference:
-    kind, config, dtype = identity
-    if not settings.reference:
-        return _Reference("not run: switched off", {}, None)
-    missing = no_room_for_plain(kind, config, dtype)
-    if missing is not None:
-        return _Reference(f"not run: {missing}", {}, None)
-    say("plain transformers model")
-    model = load_plain(checkpoint, kind, config, dtype)
-    runs = _generations(model, prompts, settings.new_tokens)
-    del model
-    gc.collect()
-    tolerance = max(logit_tolerance(run, dtype) for run in runs.values())
-    name = f"{kind.__name__} of transformers, {str(dtype).removeprefix('torch.')}"
-    return _Reference(name, runs, tolerance)
-
-
 def _case(
     what: tuple[str, int, str, int, int], found: Generation, resident: Generation, plain: Generation | None
 ) -> Case:
@@ -206,13 +195,3 @@ def _case(
         divergences=to_plain.divergences if to_plain else (),
         misses=misses,
     )
-
-
-def _reference_passed(reference: _Reference, cases: list[Case], dtype: torch.dtype) -> bool | None:
-    """Whether the plain model agrees: equal tokens in fp32, near-ties and the tolerance below."""
-    if reference.tolerance is None:
-        return None
-    close = all((case.reference_max_abs_logit_diff or 0.0) <= reference.tolerance for case in cases)
-    if dtype == torch.float32:
-        return close and all(case.reference_tokens_equal for case in cases)
-    return close and all(only_near_ties(case.divergences, reference.tolerance) for case in cases)

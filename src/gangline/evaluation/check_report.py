@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gangline.evaluation.compare import Divergence
+from gangline.evaluation.routing import Flip
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class CheckReport:
         tolerance: largest accepted difference of a logit from the plain model; None where it did not run.
         reference_passed: whether the plain model agrees as the contract says; None where it did not run, or
             where the precision is approximate and agreement is not promised.
+        flips: router ties that alone explain why a row left the tolerance, in lower precision.
         cases: one per budget, cache order and batch size.
     """
 
@@ -57,6 +59,7 @@ class CheckReport:
     reference: str
     tolerance: float | None
     reference_passed: bool | None
+    flips: tuple[Flip, ...]
     cases: tuple[Case, ...]
 
     @property

@@ -3,7 +3,6 @@
 Legend: B sequences, N new tokens, V vocabulary.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +79,18 @@ def logit_tolerance(reference: Generation, dtype: torch.dtype) -> float:
     return TOLERANCE[dtype] * float(reference.logits_BNV.abs().max())
 
 
-def only_near_ties(divergences: Sequence[Divergence], tolerance: float) -> bool:
-    """Whether every differing token follows from two logits that each moved by the tolerance at most."""
-    return all(item.margin <= 2 * tolerance for item in divergences)
+def first_offence(ours: Generation, reference: Generation, row: int, tolerance: float) -> int | None:
+    """Return the first new token of a row that rounding does not explain, or None.
+
+    That is one whose logits differ by more than the tolerance, or one taken although the reference preferred
+    its own by more than two logits that each move by the tolerance. After a near-tie nothing is comparable.
+    """
+    for position, (wanted, taken) in enumerate(
+        zip(reference.tokens_BN[row].tolist(), ours.tokens_BN[row].tolist(), strict=True)
+    ):
+        logits_V = reference.logits_BNV[row, position]
+        if not float((ours.logits_BNV[row, position] - logits_V).abs().max()) <= tolerance:
+            return position
+        if wanted != taken:
+            return None if float(logits_V[wanted] - logits_V[taken]) <= 2 * tolerance else position
+    return None

@@ -40,6 +40,7 @@ def prompt_ids(tokenizer: Any | None, vocabulary: int, rows: int, length: int, s
     if tokenizer is None:
         return torch.randint(0, vocabulary, (rows, length), generator=generator)
     text = torch.tensor(tokenizer(TEXT, add_special_tokens=False)["input_ids"], dtype=torch.long)
-    text = text.repeat(-(-(length + 1) // len(text)) + 1)
-    starts = torch.randperm(len(text) - length, generator=generator)[:rows]
+    if len(text) < length + rows:
+        text = text.repeat(-(-(length + rows) // len(text)))
+    starts = torch.randperm(len(text) - length + 1, generator=generator)[:rows]
     return torch.stack([text[start : start + length] for start in starts.tolist()])
