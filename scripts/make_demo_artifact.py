@@ -86,17 +86,22 @@ def windows(
     return {name: drawer(demo_text.source_ids(name, tokenizer, model, work)) for name in SHARES}
 
 
+def training_rows(tokenizer: object, model: object, work: Path, tokens: int) -> torch.Tensor:
+    """Sequences [S, LENGTH] drawn from all sources by their shares, about `tokens` tokens in all."""
+    rng, draw = random.Random(0), windows(tokenizer, model, work)
+    return torch.stack(
+        [draw[name](rng) for name, share in SHARES.items() for _ in range(round(share * tokens / LENGTH))]
+    )
+
+
 def fit(args: argparse.Namespace, model: object, tokenizer: object) -> list[LayerPlan]:
     """Closed-form plans of all layers."""
-    rng, draw = random.Random(0), windows(tokenizer, model, args.work)
-    rows = [
-        draw[name](rng) for name, share in SHARES.items() for _ in range(round(share * args.tokens / LENGTH))
-    ]
+    rows_SC = training_rows(tokenizer, model, args.work, args.tokens)
     config = FitConfig(args.groups, args.width * args.top_k, args.shared_rank, args.own_rank)
     neurons, plans, start = model.config.intermediate_size, [], time.monotonic()
     layers = fit_layers(
         model,
-        torch.stack(rows),
+        rows_SC,
         config,
         dtype=torch.bfloat16,
         stored=lambda plan: unpack_plan(pack_plan(plan, neurons)),
