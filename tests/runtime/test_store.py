@@ -134,7 +134,7 @@ def test_cancel_frees_the_slot(tmp_path):
 
 
 def test_slots_freed_before_waiting_are_not_missed(tmp_path):
-    """Two leases fill the pool, a third is opened without a slot, and only then are the first two released."""
+    """Two leases fill the pool, a third opens without a slot, and only then are the first two released."""
     store = make_store(make_catalog(tmp_path, 1, 6), slots=2, top_k=1)
     first, second = store.lease(event(1, 0, [0])), store.lease(event(2, 0, [1]))
     third = store.lease(event(3, 0, [2]))

@@ -1,6 +1,7 @@
-"""Sort (token, slot) pairs by expert, and sum the experts' outputs back in ascending expert id.
+"""Sort (token, slot) pairs by expert, and add the experts' outputs up in ascending expert id.
 
-Shape suffixes: T tokens, K chosen experts per token, P real pairs (P <= T*K), D hidden.
+Shape suffixes: T tokens, K chosen experts per token, P real pairs (P <= T*K), N pairs of one expert, D
+hidden.
 """
 
 from dataclasses import dataclass
@@ -18,29 +19,39 @@ class Grouping:
         starts: first pair of each expert; one more entry closes the last (length ``len(experts) + 1``).
         token_P: token of each pair.
         weight_P1: mixing weight of each pair.
-        slot_TK: for each token its pairs in ascending expert id; P (one past the end) marks an empty slot.
     """
 
     experts: tuple[int, ...]
     starts: tuple[int, ...]
     token_P: Tensor
     weight_P1: Tensor
-    slot_TK: Tensor
 
     @property
     def counts(self) -> tuple[int, ...]:
         """Tokens per expert."""
         return tuple(b - a for a, b in zip(self.starts, self.starts[1:], strict=False))
 
+    def tokens(self, index: int) -> Tensor:
+        """Return the tokens ``[N]`` of the expert at ``index`` of ``experts``, ascending."""
+        return self.token_P[self.starts[index] : self.starts[index + 1]]
+
+    def add(self, index: int, y_ND: Tensor, out_TD: Tensor) -> None:
+        """Add one expert's weighted output to ``out_TD`` (fp32).
+
+        Called in the order of ``experts``, it sums each token's experts in ascending id, whatever the number
+        of tokens and wherever the experts lie.
+        """
+        weight_N1 = self.weight_P1[self.starts[index] : self.starts[index + 1]]
+        out_TD.index_add_(0, self.tokens(index), y_ND.float() * weight_N1)
+
 
 def group_by_expert(ids_TK: Tensor, weights_TK: Tensor, experts: int) -> Grouping:
     """Group pairs by expert. Ids outside ``[0, experts)`` are sentinels ("not mine") and are dropped."""
-    tokens, width = ids_TK.shape
+    width = ids_TK.shape[1]
     flat = ids_TK.reshape(-1)
     key = torch.where((flat >= 0) & (flat < experts), flat, experts)
     order = torch.argsort(key, stable=True)
-    sorted_ids = key[order]
-    ids, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
+    ids, counts = torch.unique_consecutive(key[order], return_counts=True)
     id_list, count_list = ids.tolist(), counts.tolist()
     if id_list and id_list[-1] == experts:
         id_list.pop()
@@ -48,27 +59,10 @@ def group_by_expert(ids_TK: Tensor, weights_TK: Tensor, experts: int) -> Groupin
     starts = [0]
     for count in count_list:
         starts.append(starts[-1] + count)
-    pairs = starts[-1]
-    position = torch.full_like(order, pairs)
-    position[order[:pairs]] = torch.arange(pairs)
+    chosen = order[: starts[-1]]
     return Grouping(
         experts=tuple(id_list),
         starts=tuple(starts),
-        token_P=order[:pairs] // width,
-        weight_P1=weights_TK.reshape(-1)[order[:pairs]].unsqueeze(-1),
-        slot_TK=position.view(tokens, width).sort(dim=-1).values,
+        token_P=chosen // width,
+        weight_P1=weights_TK.reshape(-1)[chosen].float().unsqueeze(-1),
     )
-
-
-def combine(y_PD: Tensor, grouping: Grouping, out_dtype: torch.dtype) -> Tensor:
-    """Return ``[T, D]``: per token the weighted sum of its experts' outputs, in ascending expert id, in fp32.
-
-    ``y_PD`` has ``P + 1`` rows; the last one is zero and stands for empty slots.
-    """
-    y_PD[:-1] *= grouping.weight_P1
-    y_PD[-1] = 0
-    slot_TK = grouping.slot_TK
-    out_TD = y_PD[slot_TK[:, 0]]
-    for k in range(1, slot_TK.shape[1]):
-        out_TD += y_PD[slot_TK[:, k]]
-    return out_TD.to(out_dtype)

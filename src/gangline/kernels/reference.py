@@ -72,7 +72,7 @@ class ReferenceKernel:
         self._split = len(layout.fields) == 3
 
     def bind(self, raws: Sequence[Tensor]) -> ExpertWeights:
-        """Return the matrices of one expert over its raw bytes (uint8, one tensor per field); copies nothing."""
+        """Return the matrices of one expert over its raw bytes (uint8, one per field); copies nothing."""
         return tuple(Matrix(spec, raw) for spec, raw in zip(self._fields, raws, strict=True))
 
     def __call__(self, x_ND: Tensor, weights: ExpertWeights, expert: int) -> Tensor:

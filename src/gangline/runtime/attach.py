@@ -27,9 +27,9 @@ from gangline.models import (
     stored_fields,
 )
 from gangline.runtime.footprint import measure_footprint
-from gangline.runtime.load import run_from_store
+from gangline.runtime.load import prefill_rows, run_from_store
 from gangline.runtime.opened import codec_of, largest_reads
-from gangline.runtime.planner import DEFAULT_CONTEXT, PREFILL_ROWS, PlanRequest, make_plan
+from gangline.runtime.planner import DEFAULT_CONTEXT, PlanRequest, make_plan
 from gangline.runtime.runtime import Runtime
 
 
@@ -105,7 +105,7 @@ def attach_model(
             budget=None if memory is None else parse_size(memory),
             precision=precision,
             context=context,
-            rows=min(batch_tokens or PREFILL_ROWS, context),
+            rows=prefill_rows(model.config, context, batch_tokens),
             process=max(0, int(psutil.Process().memory_info().rss) - footprint.dense),
             available=int(psutil.virtual_memory().available * 0.9),
             expert_slots=expert_slots,

@@ -92,7 +92,7 @@ def without_experts(cls: type[PreTrainedModel]) -> tuple[type[PreTrainedModel], 
         for block in view.blocks:
             drop_expert_params(block)
             for module in (block.parent, *block.experts.modules()):
-                module._is_hf_initialized = True  # there is nothing left to draw at random
+                module.__dict__["_is_hf_initialized"] = True  # there is nothing left to draw at random
         ignored = {rf"(^|\.){_escaped(block.name)}\." for block in view.blocks}
         self._keys_to_ignore_on_load_unexpected = set(self._keys_to_ignore_on_load_unexpected or ()) | ignored
         views.append(view)

@@ -14,7 +14,7 @@ from gangline.core.events import Phase, RoutingEvent
 from gangline.core.geometry import MoEGeometry
 from gangline.core.keys import ExpertKey
 from gangline.core.tiers import Priority
-from gangline.kernels.grouping import combine, group_by_expert
+from gangline.kernels.grouping import group_by_expert
 from gangline.runtime.store import EventLease, ExpertStore
 
 # A prompt chunk that brings this many pairs per expert uses nearly every expert of the next layer as well.
@@ -90,14 +90,13 @@ class Engine:
     def _many_tokens(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         grouping = group_by_expert(ids_TK, weights_TK, self._layers[layer].experts)
         event = RoutingEvent(self._step, layer, self.phase, x_TD.shape[0], grouping.experts, grouping.counts)
-        rows = {e: slice(grouping.starts[i], grouping.starts[i + 1]) for i, e in enumerate(grouping.experts)}
-        y_PD = torch.empty((grouping.starts[-1] + 1, x_TD.shape[1]), dtype=torch.float32)
+        out_TD = torch.zeros(x_TD.shape, dtype=torch.float32)
         kernel = self._kernels[layer]
-        with self._store.lease(event) as lease:
-            for expert, weights in lease:
-                y_PD[rows[expert]] = kernel(x_TD[grouping.token_P[rows[expert]]], weights, expert)
+        with self._store.lease(event, in_order=True) as lease:
+            for index, (expert, weights) in enumerate(lease):
+                grouping.add(index, kernel(x_TD[grouping.tokens(index)], weights, expert), out_TD)
                 self._prefetch_next_layer(event, lease)
-        return combine(y_PD, grouping, x_TD.dtype)
+        return out_TD.to(x_TD.dtype)
 
     def _prefetch_next_layer(self, event: RoutingEvent, lease: EventLease) -> None:
         """Keep the disk busy across the attention of the next layer, where a prompt will use all experts."""
@@ -107,7 +106,10 @@ class Engine:
         geometry = self._layers[following]
         if event.tokens * geometry.top_k < _DENSE_PAIRS_PER_EXPERT * geometry.experts:
             return
-        for expert in range(geometry.experts):
+        everyone = range(geometry.experts)  # all of that layer will be needed: none makes room for another
+        for expert in everyone:
             key = ExpertKey(following, expert)
-            if not self._store.holds(key) and not self._store.request(key, Priority.PREFETCH):
+            if not self._store.holds(key) and not self._store.request(
+                key, Priority.PREFETCH, spared=everyone
+            ):
                 return

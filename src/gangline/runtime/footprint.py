@@ -142,11 +142,10 @@ def _row_bytes(config: Any, geometry: MoEGeometry, dtype: torch.dtype) -> int:
     heads = _read(config, "num_attention_heads") or 1
     head_dim = _read(config, "head_dim") or hidden // heads
     attention = (6 * hidden + 4 * heads * head_dim) * dtype.itemsize
+    # The sum in fp32, and (if all rows choose one expert) that expert's input, product, gate and output.
+    width = dtype.itemsize
     routed = max(
-        layer.top_k * layer.hidden * 4
-        + 4 * layer.hidden * 4
-        + 3 * layer.intermediate * 4
-        + layer.experts * 12
+        layer.hidden * (12 + 2 * width) + 3 * layer.intermediate * width + layer.experts * 12
         for layer in geometry.layers
     )
     return attention + routed

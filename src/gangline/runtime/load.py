@@ -6,18 +6,18 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gangline.checkpoint.locate import LocalCheckpoint, RemoteCheckpoint, resolve_checkpoint
 from gangline.checkpoint.pack import write_pack
-from gangline.core.errors import CheckpointError
+from gangline.core.errors import CheckpointError, UsageError
 from gangline.core.home import cache_dir
 from gangline.core.keys import ExpertKey
 from gangline.core.layout import ExpertCatalog
 from gangline.core.sizes import parse_size
 from gangline.core.tiers import Priority
 from gangline.kernels.reference import ReferenceKernel
-from gangline.models import MoEView, expert_math, install
+from gangline.models import MoEView, expert_math, install, is_chunk_safe
 from gangline.policies.caches import CachePolicy, LayerLRU, RandomEviction
 from gangline.runtime.engine import Engine
 from gangline.runtime.files import ExpertFiles, IOMode
@@ -130,11 +130,27 @@ def plan_request(
         budget=None if memory is None else parse_size(memory),
         precision=precision,
         context=context,
-        rows=min(batch_tokens or PREFILL_ROWS, context),
+        rows=prefill_rows(opened.config, context, batch_tokens),
         process=int(psutil.Process().memory_info().rss),
         available=int(psutil.virtual_memory().available * 0.9),
         expert_slots=expert_slots,
     )
+
+
+def prefill_rows(config: PreTrainedConfig, context: int, batch_tokens: int | None) -> int:
+    """Return how many tokens of a prompt are computed at once.
+
+    Raises:
+        UsageError: chunks are asked for of a family that transformers does not compute right in chunks.
+    """
+    if is_chunk_safe(config):
+        return min(batch_tokens or PREFILL_ROWS, context)
+    if batch_tokens is not None and batch_tokens < context:
+        raise UsageError(
+            f"transformers does not compute {config.model_type} right in chunks of a prompt; "
+            f"leave batch_tokens out, or set ctx_size to at most {batch_tokens}"
+        )
+    return context
 
 
 def run_from_store(
@@ -163,7 +179,7 @@ def run_from_store(
         runtime.on_close(install(block, engine.layer_forward(block.layer)))
     hook = model.register_forward_pre_hook(runtime.before_forward, with_kwargs=True)
     runtime.on_close(hook.remove)
-    if getattr(model, "generation_config", None) is not None and not model.config.is_encoder_decoder:
+    if plan.rows < plan.context and getattr(model, "generation_config", None) is not None:
         model.generation_config.prefill_chunk_size = plan.rows
     object.__setattr__(model, "gangline", runtime)
     if plan.everything_resident:

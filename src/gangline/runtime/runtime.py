@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import psutil
@@ -186,13 +187,16 @@ class Runtime:
 
 
 def peak_resident() -> int:
-    """Return the largest resident memory of this process so far, in bytes (the current one where unknown)."""
-    try:
-        import resource
+    """Return the largest resident memory of this process so far, in bytes (the current one where unknown).
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    except ImportError:
-        return int(psutil.Process().memory_info().rss)
+    Not ``getrusage``: its figure starts at what the parent process had when it forked.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return int(psutil.Process().memory_info().rss)
 
 
 def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -74,20 +74,23 @@ class ExpertStore:
         """Whether an expert has a slot, read or on its way."""
         return key in self._table
 
-    def lease(self, event: RoutingEvent) -> "EventLease":
-        """Decide the hits of an event, lease them, and start reading its misses."""
+    def lease(self, event: RoutingEvent, *, in_order: bool = False) -> "EventLease":
+        """Decide the hits of an event and start reading its misses; see :class:`EventLease`."""
         if self._closed:
             raise StoreError("the expert store is closed; load the model again")
-        return EventLease(self, event)
+        return EventLease(self, event, in_order)
 
-    def request(self, key: ExpertKey, priority: Priority = Priority.PREFETCH) -> bool:
-        """Start reading an expert that no event needs yet. False if it is there already or no slot can be
-        spared.
+    def request(
+        self, key: ExpertKey, priority: Priority = Priority.PREFETCH, *, spared: Collection[int] = ()
+    ) -> bool:
+        """Start reading an expert that no event needs yet; False if it is there or no slot can be spared.
+
+        ``spared``: experts of the same layer that must not give up their slot for it.
         """
         with self._lock:
             if self._closed or key in self._table:
                 return False
-            slot = self._take_slot(key)
+            slot = self._take_slot(key, spared=spared)
             if slot is None:
                 return False
             self._start_read(key, slot, priority)
@@ -134,12 +137,17 @@ class ExpertStore:
 
     # Slots: the lock is held in all of these.
 
-    def _take_slot(self, key: ExpertKey, *, must: bool = False) -> Slot | None:
-        """Return a free slot or the victim's. ``must``: any evictable one where the policy would wait."""
+    def _take_slot(self, key: ExpertKey, *, must: bool = False, spared: Collection[int] = ()) -> Slot | None:
+        """Return a free slot or the victim's. ``must``: any evictable one where the policy would wait.
+
+        ``spared``: experts of the same layer that their event still needs; a victim only if ``must``.
+        """
         pool = self._pools[key.layer]
         if pool.free:
             return pool.free.pop()
-        victim = pool.policy.victim(key.layer, self._evictable)
+        victim = pool.policy.victim(
+            key.layer, lambda k: self._evictable(k) and not (k.layer == key.layer and k.expert in spared)
+        )
         if victim is None and must:
             residents = (k for k in self._table if self._pools[k.layer] is pool and self._evictable(k))
             victim = next(residents, None)
@@ -214,22 +222,30 @@ class ExpertStore:
 class EventLease:
     """The experts of one routing event, leased until each has been computed.
 
-    Iterate to get ``(expert, weights)``: hits first, then misses in the order in which they were asked for.
-    An expert's lease ends when the next one is asked for, so a prompt streams through few slots. Use as a
+    Iterate to get ``(expert, weights)``. By default hits come first and misses as they arrive; all hits are
+    leased at once. ``in_order`` gives experts in ascending id, for sums that run as they come: leases then
+    run ahead as far as there are slots, and hits that are not leased yet are not evicted for this event. An
+    expert's lease ends when the next one is asked for, so a prompt streams through few slots. Use as a
     context manager: leaving it, also by an exception, releases everything.
     """
 
-    def __init__(self, store: ExpertStore, event: RoutingEvent) -> None:
+    def __init__(self, store: ExpertStore, event: RoutingEvent, in_order: bool) -> None:
         self._store = store
         self._layer = event.layer
+        self._in_order = in_order
         self._held: set[int] = set()
+        self._waiting: list[int] = []
+        self._spared: set[int] = set()
         with store._lock:
             hits = tuple(e for e in event.experts if ExpertKey(event.layer, e) in store._table)
-            self._waiting = list(hits)
             present = set(hits)
-            self._missing = [e for e in event.experts if e not in present]
-            for expert in hits:
-                self._hold(expert)
+            if in_order:
+                self._missing = list(event.experts)
+                self._spared = present.copy()
+            else:
+                self._missing = [e for e in event.experts if e not in present]
+                for expert in hits:
+                    self._hold(expert)
             self._count(event, present)
             store._pools[event.layer].policy.on_event(event, hits)
             self._request_missing()
@@ -257,7 +273,7 @@ class EventLease:
 
     @property
     def all_requested(self) -> bool:
-        """Whether every miss has a slot, so that further slots may serve a prefetch."""
+        """Whether every expert is leased, so that further slots may serve a prefetch."""
         return not self._missing
 
     def _next_ready(self) -> int:
@@ -268,7 +284,7 @@ class EventLease:
             while True:
                 # First of all: slots freed before this thread began to wait wake nobody.
                 self._request_missing()
-                for position, expert in enumerate(self._waiting):
+                for position, expert in enumerate(self._waiting[:1] if self._in_order else self._waiting):
                     slot = store._table[ExpertKey(self._layer, expert)]
                     if slot.state is SlotState.READY:
                         if slot.error is not None:
@@ -292,17 +308,18 @@ class EventLease:
             if key not in store._table:  # another event may have brought it meanwhile
                 # With nothing on its way this event could wait for ever, so it may then evict against the
                 # policy.
-                slot = store._take_slot(key, must=not self._waiting)
+                slot = store._take_slot(key, must=not self._waiting, spared=self._spared)
                 if slot is None:
                     return
                 store._start_read(key, slot, Priority.DEMAND)
-            self._hold(key.expert)
-            self._waiting.append(self._missing.pop(0))
+            self._hold(self._missing.pop(0))
 
     def _hold(self, expert: int) -> None:
         key = ExpertKey(self._layer, expert)
         self._store._table[key].leases += 1
         self._held.add(expert)
+        self._waiting.append(expert)
+        self._spared.discard(expert)
         ticket = self._store._tickets.get(key)
         if ticket is not None:
             self._store._readers.promote(ticket, Priority.DEMAND)
@@ -320,7 +337,7 @@ class EventLease:
     def _count(self, event: RoutingEvent, present: set[int]) -> None:
         stats = self._store.stats
         stats.hits += len(present)
-        stats.misses += len(self._missing)
+        stats.misses += len(event.experts) - len(present)
         stats.late += sum(ExpertKey(event.layer, expert) in self._store._tickets for expert in present)
         for expert, count in zip(event.experts, event.counts, strict=True):
             if expert in present:
