@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument(
         "--fit-tokens", type=int, default=8192, help="text that the curve's conversions fit on"
     )
-    parser.add_argument("--widths", type=int, nargs="*", default=[384, 480, 576, 768])
+    parser.add_argument("--widths", type=int, nargs="*", default=[576, 384, 480, 768])
     parser.add_argument("--samples", action="store_true", help="also print greedy answers of both models")
     parser.add_argument("--json", action="store_true", help="store benchmarks/results/demo_quality.json")
     args = parser.parse_args()
@@ -161,7 +161,9 @@ def main() -> None:
     for width in args.widths:
         full = 2 * width == neurons
         ranks = {"shared_rank": 0, "own_rank": 0} if full else {}
-        plans = list(fit_layers(dense, ids_SC, replace(base, group_width=2 * width, **ranks)))
+        plans = list(
+            fit_layers(dense, ids_SC, replace(base, group_width=2 * width, **ranks), dtype=torch.bfloat16)
+        )
         share = f"{200 * width / neurons:.4g}% active"
         add(
             f"conversion without distillation, {note}, {share}",
@@ -173,7 +175,9 @@ def main() -> None:
                 f"baseline: random neurons per expert, {share}",
                 with_plans(dense, drawn, lambda: all_texts(dense)),
             )
-    static = list(fit_layers(dense, ids_SC, replace(base, groups=1, shared_rank=0, own_rank=0)))
+    static = list(
+        fit_layers(dense, ids_SC, replace(base, groups=1, shared_rank=0, own_rank=0), dtype=torch.bfloat16)
+    )
     add("baseline: static neurons, 75% active", with_plans(dense, static, lambda: all_texts(dense)))
     if args.json:
         print(write_result("demo_quality", rows))
