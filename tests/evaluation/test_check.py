@@ -13,6 +13,7 @@ from gangline.evaluation import check as check_module
 from gangline.evaluation import reference as reference_module
 from gangline.evaluation.check import CheckSettings, check_model
 from gangline.evaluation.generation import Generation
+from gangline.runtime.engine import Engine
 
 FULL = CheckSettings(prompt_tokens=8, new_tokens=6, batch_sizes=(1, 2))
 SHORT = CheckSettings(prompt_tokens=6, new_tokens=4, shares=(0.5,), batch_sizes=(2,), cache_seeds=(None,))
@@ -38,6 +39,25 @@ def test_fp32_model_passes(folder):
     assert all(0 <= case.reference_max_abs_logit_diff <= report.tolerance for case in report.cases)
     assert sum(case.misses for case in report.cases if case.budget == "smallest") > 0
     assert steps[:2] == ["all experts in memory", "plain transformers model"]
+
+
+def test_the_plain_model_does_not_compute_through_ours(folder, monkeypatch):
+    calls = []
+    compute, speak = Engine.forward, reference_module.generate_greedy
+
+    def counted(self, *arguments):
+        calls.append(1)
+        return compute(self, *arguments)
+
+    def generate(model, ids, new_tokens):
+        calls.clear()
+        found = speak(model, ids, new_tokens)
+        assert bool(calls) == hasattr(model, "gangline")
+        return found
+
+    monkeypatch.setattr(Engine, "forward", counted)
+    monkeypatch.setattr(reference_module, "generate_greedy", generate)
+    assert check_model(folder, SHORT).passed
 
 
 def test_report_is_the_documented_json(folder):
