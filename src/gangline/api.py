@@ -41,6 +41,6 @@ def detach(model: Any) -> None:
 def _place(model: str | Path) -> str | Path:
     if model != "demo":
         return model
-    from gangline.compress.demo import ensure_demo
+    from gangline.compress.demo import demo_made_apart
 
-    return Path(ensure_demo())
+    return demo_made_apart()

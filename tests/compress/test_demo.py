@@ -180,3 +180,16 @@ def test_demo_answers_and_uses_its_experts(demo):
     text = "The river runs to the sea. def f(x): return x + 1. Once upon a time in 1945, the king said: no!"
     seen = groups_seen(model, tokenizer(text, return_tensors="pt").input_ids)
     assert sum(seen) / len(seen) > 4
+
+
+def test_failure_in_the_other_process_is_told(home, monkeypatch):
+    monkeypatch.setattr(
+        demo_module, "_CHILD", "import sys; sys.exit(sys.stdout.write('no such wheel') and 1)"
+    )
+    with pytest.raises(CheckpointError, match="no such wheel"):
+        demo_module.demo_made_apart(progress=False)
+
+
+def test_made_apart_is_the_same_folder(demo, monkeypatch):
+    monkeypatch.setattr(demo_module, "_CHILD", "raise SystemExit(1)")
+    assert demo_module.demo_made_apart() == demo

@@ -10,7 +10,8 @@ from gangline.benchmarks.shapes import make_shape
 from gangline.core.errors import UsageError
 from gangline.evaluation import speed
 from gangline.evaluation.bound import active_bytes, bandwidths, decode_bound
-from gangline.evaluation.speed import SpeedSettings, bench_model, peak_resident_bytes
+from gangline.evaluation.speed import SpeedSettings, bench_model
+from gangline.runtime.runtime import peak_resident
 from gangline.evaluation.speed_report import Spread
 from gangline.runtime.load import load_model
 
@@ -74,7 +75,7 @@ def test_encoder_decoder(tmp_path):
 def test_peak_is_at_least_what_is_resident_now():
     import psutil
 
-    assert peak_resident_bytes() >= psutil.Process().memory_info().rss * 0.9
+    assert peak_resident() >= psutil.Process().memory_info().rss * 0.9
 
 
 def test_active_bytes_count_each_weight_once(folder):

@@ -2,14 +2,27 @@
 
 import hashlib
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 from gangline.compress.demo_artifact import ARTIFACT, FORMAT, file_sha256, read_artifact
 from gangline.compress.demo_source import GGUF_SHA256, find_gguf
-from gangline.core.errors import FormatError
+from gangline.core.errors import CheckpointError, FormatError
 from gangline.core.home import cache_dir
 
 log = logging.getLogger("gangline.compress.demo")
+
+_CHILD = """
+import sys
+from gangline.compress.demo import ensure_demo
+from gangline.core.errors import GanglineError
+try:
+    ensure_demo(sys.argv[1] == "1")
+except GanglineError as error:
+    sys.exit(sys.stdout.write(str(error)) and 1)
+"""
 
 
 def demo_folder() -> Path:
@@ -39,6 +52,32 @@ def ensure_demo(progress: bool = True) -> Path:
     with FileLock(folder.with_suffix(".lock")):
         if not folder.is_dir():
             convert_demo(find_gguf(), folder, progress=progress)
+    return folder
+
+
+def demo_made_apart(progress: bool = True) -> Path:
+    """The same as :func:`ensure_demo`, converting in a process of its own.
+
+    What the conversion needs at its peak then does not count in the caller's memory budget.
+
+    Raises:
+        CheckpointError: as for :func:`ensure_demo`, or the other process failed.
+    """
+    folder = demo_folder()
+    if folder.is_dir():
+        return folder
+    child = subprocess.run(
+        [sys.executable, "-c", _CHILD, str(int(progress))],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+    if child.returncode or not folder.is_dir():
+        reason = (
+            child.stdout.strip() or f"converting the demo model ended with exit status {child.returncode}"
+        )
+        raise CheckpointError(reason)
     return folder
 
 

@@ -42,9 +42,9 @@ def place(model: str | Path) -> str | Path:
     """Return where a model is: for ``"demo"`` the folder, made on first use, else the name itself."""
     if model != "demo":
         return model
-    from gangline.compress.demo import ensure_demo
+    from gangline.compress.demo import demo_made_apart
 
-    return ensure_demo()
+    return demo_made_apart()
 
 
 def load_tokenizer(checkpoint: LocalCheckpoint) -> Any | None:

@@ -122,6 +122,7 @@ def bench_model(
         GanglineError: the model cannot be loaded within the budget.
     """
     from gangline.runtime.load import load_model
+    from gangline.runtime.runtime import peak_resident
 
     settings = settings or SpeedSettings()
     say = progress or logger.info
@@ -137,7 +138,7 @@ def bench_model(
         for run in range(runs):
             say(f"run {run + 1} of {runs}")
             samples.append(_one_run(ours, tokenizer, settings, settings.seed + run))
-        peak = peak_resident_bytes()
+        peak = peak_resident()
         after = bandwidths(runtime)
         samples = samples[settings.warmup :]
         tokens = settings.new_tokens - 1
@@ -167,17 +168,6 @@ def _hit_rates(hits: int, misses: int) -> dict[str, float | None]:
     """Return the share of experts found in each tier."""
     seen = hits + misses
     return {"host": hits / seen if seen else None, "disk": misses / seen if seen else None}
-
-
-def peak_resident_bytes() -> int | None:
-    """Return the largest resident memory this process has had, or None where the system does not say."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    for line in status.read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def _one_run(model: Any, tokenizer: Any | None, settings: SpeedSettings, seed: int) -> _Sample:

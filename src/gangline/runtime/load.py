@@ -17,7 +17,7 @@ from gangline.core.layout import ExpertCatalog
 from gangline.core.sizes import parse_size
 from gangline.core.tiers import Priority
 from gangline.kernels.reference import ReferenceKernel
-from gangline.models import MoEView, expert_math, install, is_chunk_safe
+from gangline.models import MoEView, check_conformance, expert_math, install, is_chunk_safe
 from gangline.policies.caches import CachePolicy, LayerLRU, RandomEviction
 from gangline.runtime.engine import Engine
 from gangline.runtime.files import ExpertFiles, IOMode
@@ -83,6 +83,7 @@ def load_model(
         logger.warning("%s: %s", opened.name, note)
     catalog = _catalog(opened, codec, progress)
     loaded, view = opened.load_dense()
+    check_conformance(view)
     if opened.gguf is not None:
         loaded.config.name_or_path = str(opened.gguf.path)
     return run_from_store(loaded, view, plan, catalog, io=io, cache_seed=cache_seed, progress=progress)
