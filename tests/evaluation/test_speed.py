@@ -11,9 +11,9 @@ from gangline.core.errors import UsageError
 from gangline.evaluation import speed
 from gangline.evaluation.bound import active_bytes, bandwidths, decode_bound
 from gangline.evaluation.speed import SpeedSettings, bench_model
-from gangline.runtime.runtime import peak_resident
 from gangline.evaluation.speed_report import Spread
 from gangline.runtime.load import load_model
+from gangline.runtime.runtime import peak_resident
 
 SHORT = SpeedSettings(prompt_tokens=8, new_tokens=5, repetitions=3, warmup=1)
 
