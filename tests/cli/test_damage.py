@@ -82,6 +82,14 @@ def test_dense_model(fails, folder):
     assert "Llama" in fails(folder)
 
 
+@pytest.mark.parametrize("verb", ["run", "check", "bench"])
+def test_model_that_does_not_generate(gangline, tmp_path, verb):
+    folder = saved_model(tmp_path, "openai_privacy_filter", seed=0)
+    result = gangline(verb, folder, *(["hello"] if verb == "run" else []))
+    assert result.exit_code == 1
+    assert "does not generate text" in result.stderr.splitlines()[-1]
+
+
 def test_folder_without_a_model(fails, tmp_path):
     assert str(tmp_path) in fails(tmp_path)
 

@@ -1,12 +1,15 @@
 """``gangline bench``: speed and memory under a budget, beside what bandwidth allows."""
 
+import os
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gangline.cli.options import BudgetOptions, ComputeOptions, option
 from gangline.cli.output import Output
-from gangline.core.errors import UsageError
+from gangline.core.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from gangline.evaluation.speed_report import SpeedReport, Spread
@@ -50,15 +53,40 @@ def bench(
     _show(out, report)
 
 
-def _make(shape: str, budget: BudgetOptions) -> str:
-    """Write the random checkpoint of a shape, unless it is there, and return its folder."""
-    from gangline.benchmarks.shapes import make_shape
-    from gangline.cli.loading import torch_dtype
-    from gangline.cli.progress import byte_bar
+_CHILD = """
+import sys
+from gangline.benchmarks.shapes import make_shape
+from gangline.cli.loading import torch_dtype
+from gangline.cli.progress import byte_bar
+from gangline.core.errors import GanglineError
+spec, dtype = sys.argv[1:]
+try:
+    with byte_bar(spec) as progress:
+        print(make_shape(spec, dtype=torch_dtype(dtype), progress=progress))
+except GanglineError as error:
+    print(error)
+    sys.exit(1)
+"""
 
-    dtype = torch_dtype(budget.dtype or "bf16")
-    with byte_bar(shape) as progress:
-        return str(make_shape(shape, dtype=dtype, progress=progress))
+
+def _make(shape: str, budget: BudgetOptions) -> str:
+    """Write the random checkpoint of a shape, unless it is there, and return its folder.
+
+    In a process of its own: what writing takes must not count in the memory that is measured here.
+    """
+    from gangline.benchmarks.shapes import parse_shape
+
+    parse_shape(shape)
+    child = subprocess.run(
+        [sys.executable, "-c", _CHILD, shape, budget.dtype or "bf16"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+    if child.returncode:
+        raise CheckpointError(child.stdout.strip() or f"writing shape {shape} failed; see above")
+    return child.stdout.strip()
 
 
 def _show(out: Output, report: "SpeedReport") -> None:

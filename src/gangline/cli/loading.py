@@ -31,6 +31,7 @@ def loaded(model: str, budget: BudgetOptions, compute: ComputeOptions) -> Iterat
     Raises:
         CheckpointError: the model has no tokenizer, or cannot be read.
     """
+    from gangline.evaluation.generation import require_generation
     from gangline.evaluation.plain import find_checkpoint, load_tokenizer
 
     arguments = load_arguments(budget, compute)
@@ -43,6 +44,7 @@ def loaded(model: str, budget: BudgetOptions, compute: ComputeOptions) -> Iterat
 
     found = gangline.load(model, **arguments)
     try:
+        require_generation(found)
         yield Loaded(found, tokenizer)
     finally:
         found.gangline.close()

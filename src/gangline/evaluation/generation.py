@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from gangline.core.errors import UnsupportedModelError
+
 # What the model's own generation settings must keep for generate() to work at all.
 _KEPT = ("bos_token_id", "pad_token_id", "decoder_start_token_id", "prefill_chunk_size")
 
@@ -45,12 +47,28 @@ def generate_greedy(model: Any, ids_BP: Tensor, new_tokens: int) -> Generation:
     return Generation(result.sequences[:, -new_tokens:].cpu(), logits_BNV)
 
 
+def require_generation(model: Any) -> None:
+    """Refuse a model that transformers cannot generate text with.
+
+    Raises:
+        UnsupportedModelError: names its class.
+    """
+    if not model.can_generate():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not generate text; load it with gangline.load and call it yourself"
+        )
+
+
 @contextmanager
 def fixed_length(model: Any, new_tokens: int, *, sample: bool = False) -> Iterator[None]:
     """Make ``model.generate`` produce exactly ``new_tokens`` tokens, end tokens included.
 
     Greedy by default; with ``sample`` drawn from the model's own probabilities.
+
+    Raises:
+        UnsupportedModelError: the model does not generate text.
     """
+    require_generation(model)
     before = model.generation_config
     kept = {name: getattr(before, name, None) for name in _KEPT}
     if kept["pad_token_id"] is None:
