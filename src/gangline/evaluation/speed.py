@@ -140,28 +140,43 @@ def bench_model(
             samples.append(_one_run(ours, tokenizer, settings, settings.seed + run))
         peak = peak_resident()
         after = bandwidths(runtime)
-        samples = samples[settings.warmup :]
-        tokens = settings.new_tokens - 1
-        decode = Spread.of([tokens / sample.decode_seconds for sample in samples])
-        hits, misses = sum(item.hits for item in samples), sum(item.misses for item in samples)
-        read = sum(item.bytes_read for item in samples) / (tokens * len(samples))
-        return SpeedReport(
+        return _report(
+            ours,
+            settings,
+            samples[settings.warmup :],
+            (before, after),
             model=name or str(model),
-            banner=runtime.banner(),
-            prompt_tokens=settings.prompt_tokens,
-            new_tokens=settings.new_tokens,
             text="random" if tokenizer is None else "text",
-            prefill=Spread.of([settings.prompt_tokens / sample.prefill_seconds for sample in samples]),
-            decode=decode,
-            first_token_seconds=Spread.of([sample.prefill_seconds for sample in samples]),
             memory=parse_size(memory) if memory is not None else None,
             peak_resident_bytes=peak,
-            hit_rate=_hit_rates(hits, misses),
-            miss_bytes_per_token=read,
-            bound=decode_bound(ours, read, decode.median, (before, after)),
         )
     finally:
         ours.gangline.close()
+
+
+def _report(
+    ours: Any,
+    settings: SpeedSettings,
+    samples: list[_Sample],
+    measurements: tuple[tuple[float, float], tuple[float, float]],
+    **known: Any,
+) -> SpeedReport:
+    """Add up the samples; ``known`` are the fields of the report that need no adding up."""
+    tokens = settings.new_tokens - 1
+    decode = Spread.of([tokens / sample.decode_seconds for sample in samples])
+    read = sum(item.bytes_read for item in samples) / (tokens * len(samples))
+    return SpeedReport(
+        banner=ours.gangline.banner(),
+        prompt_tokens=settings.prompt_tokens,
+        new_tokens=settings.new_tokens,
+        prefill=Spread.of([settings.prompt_tokens / sample.prefill_seconds for sample in samples]),
+        decode=decode,
+        first_token_seconds=Spread.of([sample.prefill_seconds for sample in samples]),
+        hit_rate=_hit_rates(sum(item.hits for item in samples), sum(item.misses for item in samples)),
+        miss_bytes_per_token=read,
+        bound=decode_bound(ours, read, decode.median, measurements),
+        **known,
+    )
 
 
 def _hit_rates(hits: int, misses: int) -> dict[str, float | None]:
