@@ -17,6 +17,7 @@ class Footprint:
     Attributes:
         dense: parameters and buffers that are no expert matrix; tied weights count once.
         largest_dense: the largest of them, in memory twice for a moment while loading.
+        row_params: dense parameters that multiply every row (no embedding, no output head).
         kv_per_token: keys and values of one token over all layers.
         row: activations of one row of a prefill chunk (attention, experts, residual stream).
         vocab_row: logits of one position in fp32.
@@ -30,6 +31,7 @@ class Footprint:
 
     dense: int
     largest_dense: int
+    row_params: int
     kv_per_token: int
     row: int
     vocab_row: int
@@ -81,6 +83,7 @@ def measure_footprint(
     return Footprint(
         dense=sum(sizes),
         largest_dense=max(sizes),
+        row_params=_row_params(model),
         kv_per_token=_kv_per_token(config, dtype),
         row=_row_bytes(config, geometry, dtype),
         vocab_row=4 * int(getattr(config, "vocab_size", 0) or 0),
@@ -96,6 +99,12 @@ def measure_footprint(
 def text_config(config: Any) -> Any:
     """Return the configuration of the language model in a composite one."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _row_params(model: nn.Module) -> int:
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    skipped = {id(p) for module in ends if module is not None for p in module.parameters()}
+    return sum(p.numel() for p in model.parameters() if id(p) not in skipped)
 
 
 def _unique_tensors(model: nn.Module) -> list[torch.Tensor]:

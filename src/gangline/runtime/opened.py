@@ -94,7 +94,7 @@ class OpenedModel:
     @cached_property
     def identity(self) -> str:
         """A hash of the files' names, sizes and times: the key of everything derived from them."""
-        digest = hashlib.sha256(self.name.encode())
+        digest = hashlib.sha256()
         for path in self._files():
             stat = path.resolve().stat()
             digest.update(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode())

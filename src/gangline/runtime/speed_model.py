@@ -18,8 +18,11 @@ _OPS_PER_LAYER = 90
 _OPS_PER_EXPERT = 12
 # torch's products of one row reach this share of the memory bandwidth (half of it in the worst case seen).
 _STREAM_SHARE = (0.25, 0.9)
-# Share of a machine's product rate that a prompt reaches.
-_GEMM_SHARE = (0.2, 0.9)
+# Share of a machine's product rate that a prompt reaches: an expert sees few rows at a time.
+_GEMM_SHARE = (0.08, 0.9)
+# Disks of shared machines move by this much between the measurement and the run.
+_DISK_SHARE = (0.35, 1.15)
+PROMPT_TOKENS = 512
 
 
 def with_speed(plan: MemoryPlan, footprint: Footprint, profile: MachineProfile | None = None) -> MemoryPlan:
@@ -35,7 +38,7 @@ def expected_speed(plan: MemoryPlan, footprint: Footprint, profile: MachineProfi
     """Return bands of decode and prefill tokens/s with the bytes behind them.
 
     Keys: ``decode_tokens_per_second`` and ``prefill_tokens_per_second`` as ``[low, high]``, ``hit_rate`` as
-    ``[uniform, local]``, ``read_bytes_per_token``, ``bound`` in words.
+    ``[uniform, local]``, ``prompt_tokens`` of the prefill, ``read_bytes_per_token``, ``bound`` in words.
     """
     _, _, disk = profile.best_disk
     share = min(1.0, plan.resident_share)
@@ -45,13 +48,14 @@ def expected_speed(plan: MemoryPlan, footprint: Footprint, profile: MachineProfi
     overhead = profile.call_overhead * (
         _OPS_PER_LAYER * len(footprint.geometry.layers) + _OPS_PER_EXPERT * footprint.geometry.active_experts
     )
-    slow = moved[0] / (0.75 * disk) + streamed / (_STREAM_SHARE[0] * profile.ram) + 3 * overhead
-    fast = max(moved[1] / (1.15 * disk), streamed / (_STREAM_SHARE[1] * profile.ram)) + overhead / 3
+    slow = moved[0] / (_DISK_SHARE[0] * disk) + streamed / (_STREAM_SHARE[0] * profile.ram) + 3 * overhead
+    fast = max(moved[1] / (_DISK_SHARE[1] * disk), streamed / (_STREAM_SHARE[1] * profile.ram)) + overhead / 3
     prefill = _prefill(plan, footprint, profile, disk)
     bound = "disk reads" if moved[0] / disk > streamed / profile.ram else "memory bandwidth"
     return {
         "decode_tokens_per_second": [1 / slow, 1 / fast],
         "prefill_tokens_per_second": prefill,
+        "prompt_tokens": min(PROMPT_TOKENS, plan.rows),
         "hit_rate": list(hits),
         "read_bytes_per_token": moved,
         "disk_bytes_per_second": disk,
@@ -69,12 +73,14 @@ def _useful(plan: MemoryPlan, footprint: Footprint, share: float) -> float:
 
 
 def _prefill(plan: MemoryPlan, footprint: Footprint, profile: MachineProfile, disk: float) -> list[float]:
-    """A chunk reads every expert that is not resident once, and computes its rows."""
-    params = footprint.geometry.layers
-    active = sum(layer.top_k * layer.expert_params for layer in params)
-    flops = 2 * plan.rows * (active + footprint.dense / 2)
+    """A prompt reads every expert that is not resident once (all of them if none is yet), and computes its
+    rows.
+    """
+    rows = min(PROMPT_TOKENS, plan.rows)
+    active = sum(layer.top_k * layer.expert_params for layer in footprint.geometry.layers)
+    flops = 2 * rows * (active + footprint.row_params)
     rate = max(max(point.bf16, point.fp32) for point in profile.gemm)
-    read = footprint.experts * (1 - min(1.0, plan.resident_share))
-    slow = read / (0.75 * disk) + flops / (_GEMM_SHARE[0] * rate)
-    fast = max(read / (1.15 * disk), flops / (_GEMM_SHARE[1] * rate))
-    return [plan.rows / slow, plan.rows / fast]
+    warm = footprint.experts * (1 - min(1.0, plan.resident_share))
+    slow = footprint.experts / (_DISK_SHARE[0] * disk) + flops / (_GEMM_SHARE[0] * rate)
+    fast = max(warm / (_DISK_SHARE[1] * disk), flops / (_GEMM_SHARE[1] * rate))
+    return [rows / slow, rows / fast]
