@@ -200,3 +200,11 @@ def test_native_core_is_built_where_it_can_be():
     if not any(map(shutil.which, ("c++", "g++", "clang++"))) or not headers.is_file():
         pytest.skip("no C++ compiler or no Python headers: the package is pure Python here")
     assert native() is not None
+
+
+def test_readme_tables_come_from_the_results():
+    """No number in README's tables is typed by hand."""
+    script = ROOT / "scripts" / "readme_tables.py"
+    command = [sys.executable, str(script), "--check"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

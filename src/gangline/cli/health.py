@@ -86,9 +86,9 @@ def _processor() -> Iterator[Line]:
     )
     if native() is None:
         yield Line(
-            "warn",
+            "info",
             "native core",
-            "not built, so the slower torch reference computes; install a C++ compiler and reinstall",
+            "not built; in this version it only tells processor features, which the system told instead",
         )
     else:
         yield Line("ok", "native core", "built and loaded")
