@@ -67,7 +67,8 @@ def test_plain_transformers_loads_it_and_routing_is_balanced(spec, tmp_path):
     ids = torch.stack([torch.randperm(model.config.vocab_size)[:TOKENS] for _ in range(4)])
     shares = shares_of_experts_used(model, ids)
     assert len(shares) >= 3
-    assert min(shares) > 0.9, shares
+    # One expert a token draws less often from more experts; collapsed routing would use about a fifth.
+    assert min(shares) > (0.8 if spec == "tiny-switch" else 0.9), shares
 
 
 @pytest.mark.parametrize(("spec", "billions"), CARDS.items())
