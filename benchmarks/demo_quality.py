@@ -11,14 +11,15 @@ the dense model in the same run. Needs apt-get for the text that scripts/demo_te
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gangline.benchmarks.result import compare, write_result
+from gangline.benchmarks.result import Row, compare, write_result
 from gangline.compress.demo import ensure_demo
 from gangline.compress.demo_source import find_gguf
 from gangline.compress.dense_to_moe import FitConfig, LayerPlan, fit_layers, load_dense
@@ -29,6 +30,7 @@ import demo_text
 from make_demo_artifact import training_rows
 
 WINDOW = 512
+PEER = "dense SmolLM2-135M-Instruct"
 QUESTIONS = (
     "What is the capital of France?",
     "Explain gravity to a child.",
@@ -41,7 +43,7 @@ QUESTIONS = (
 def perplexity(model: Any, ids_SC: torch.Tensor) -> float:
     """Of windows [S, C], the first token of each given."""
     losses = []
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         for ids_C in ids_SC:
             logits_CV = model(ids_C[None], use_cache=False).logits[0, :-1].float()
             losses.append(torch.nn.functional.cross_entropy(logits_CV, ids_C[1:]))
@@ -55,20 +57,20 @@ def spread_windows(ids_T: torch.Tensor, count: int) -> torch.Tensor:
     return torch.stack([ids_T[start : start + WINDOW] for start in starts])
 
 
-def with_plans(model: Any, plans: list[LayerPlan], work: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Run `work` while every FFN of the dense model gives what its plan's experts would."""
+@contextmanager
+def planned(model: Any, plans: list[LayerPlan]) -> Iterator[None]:
+    """Inside the block every FFN of the dense model gives what its plan's experts would."""
 
     def grouped(plan: LayerPlan, layer: Any) -> Callable[..., torch.Tensor]:
         ffn = dense_ffn(layer)
         return lambda _, inputs, __: plan.output(ffn, inputs[0].flatten(0, 1)).view_as(inputs[0])
 
-    layers = model.model.layers
     hooks = [
         layer.mlp.register_forward_hook(grouped(plan, layer))
-        for layer, plan in zip(layers, plans, strict=True)
+        for layer, plan in zip(model.model.layers, plans, strict=True)
     ]
     try:
-        return work()
+        yield
     finally:
         for hook in hooks:
             hook.remove()
@@ -96,6 +98,46 @@ def sample_answers(model: Any, tokenizer: Any) -> dict[str, str]:
     return answers
 
 
+class Measure:
+    """Perplexities on held-out windows beside those of the dense model, taken once."""
+
+    def __init__(self, dense: Any, texts: dict[str, torch.Tensor]) -> None:
+        self.texts = texts
+        self.dense = {name: perplexity(dense, ids_SC) for name, ids_SC in texts.items()}
+
+    def __call__(self, work: str, model: Any) -> list[Row]:
+        """One row per text."""
+        rows = []
+        for name, ids_SC in self.texts.items():
+            ours, peer = perplexity(model, ids_SC), self.dense[name]
+            where = f"{work}, {name} ({ids_SC.numel()} tokens)"
+            print(f"{where}: {ours:.2f}, dense {peer:.2f}, {ours / peer:.3f}x", flush=True)
+            rows.append(compare(where, "perplexity", [ours], PEER, [peer], higher_is_better=False))
+        return rows
+
+
+def curve(dense: Any, measure: Measure, ids_SC: torch.Tensor, widths: list[int]) -> list[Row]:
+    """Closed-form conversions of several widths, and the two baselines."""
+    rows: list[Row] = []
+    neurons = dense.config.intermediate_size
+    base = FitConfig(groups=8, group_width=1152, shared_rank=48, own_rank=28)
+    note = f"fitted on {ids_SC.numel()} tokens"
+    for width in widths:
+        ranks = {"shared_rank": 0, "own_rank": 0} if 2 * width == neurons else {}
+        config = replace(base, group_width=2 * width, **ranks)
+        plans = list(fit_layers(dense, ids_SC, config, dtype=torch.bfloat16))
+        share = f"{200 * width / neurons:.4g}% active"
+        with planned(dense, plans):
+            rows += measure(f"conversion without distillation, {note}, {share}", dense)
+        if width == 576:
+            with planned(dense, [random_neurons(plan, neurons) for plan in plans]):
+                rows += measure(f"baseline: random neurons per expert, {share}", dense)
+    config = replace(base, groups=1, shared_rank=0, own_rank=0)
+    with planned(dense, list(fit_layers(dense, ids_SC, config, dtype=torch.bfloat16))):
+        rows += measure("baseline: the same neurons for all tokens, 75% active", dense)
+    return rows
+
+
 def main() -> None:
     """Measure, print, and with --json store."""
     parser = argparse.ArgumentParser(
@@ -104,9 +146,9 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, required=True, help="folder for downloaded text, kept between runs"
     )
-    parser.add_argument(
-        "--windows", type=int, default=8, help=f"windows of {WINDOW} tokens per held-out text"
-    )
+    per_text = f"windows of {WINDOW} tokens per held-out text"
+    parser.add_argument("--windows", type=int, default=24, help=f"{per_text}, for the demo model")
+    parser.add_argument("--curve-windows", type=int, default=8, help=f"{per_text}, for curve and baselines")
     parser.add_argument(
         "--fit-tokens", type=int, default=8192, help="text that the curve's conversions fit on"
     )
@@ -118,67 +160,24 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     dense, tokenizer = load_dense(find_gguf())
-    texts = {
-        name: spread_windows(demo_text.source_ids(name, tokenizer, dense, args.work), args.windows)
-        for name in demo_text.HELD_OUT_PACKAGES
+    held_out = {
+        name: demo_text.source_ids(name, tokenizer, dense, args.work) for name in demo_text.HELD_OUT_PACKAGES
     }
     demo = AutoModelForCausalLM.from_pretrained(ensure_demo(), dtype=torch.bfloat16)
-    neurons = dense.config.intermediate_size
-    reference = {name: perplexity(dense, ids_SC) for name, ids_SC in texts.items()}
-    rows = []
-
-    def add(work: str, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            where = f"{work}, {name}"
-            rows.append(
-                compare(
-                    where,
-                    "perplexity",
-                    [value],
-                    "dense SmolLM2-135M-Instruct",
-                    [reference[name]],
-                    higher_is_better=False,
-                )
-            )
-            print(
-                f"{where}: {value:.2f}, dense {reference[name]:.2f}, {value / reference[name]:.3f}x",
-                flush=True,
-            )
-
-    def all_texts(model: Any) -> dict[str, float]:
-        return {name: perplexity(model, ids_SC) for name, ids_SC in texts.items()}
-
-    add("demo as shipped, top-2 of 16, 75% of the FFN active", all_texts(demo))
+    rows: list[Row] = []
+    measure = Measure(dense, {name: spread_windows(ids_T, args.windows) for name, ids_T in held_out.items()})
+    rows += measure("demo as shipped, top-2 of 16, 75% of the FFN active", demo)
     if args.samples:
         print(
             json.dumps(
                 {"demo": sample_answers(demo, tokenizer), "dense": sample_answers(dense, tokenizer)}, indent=1
             )
         )
-    ids_SC = training_rows(tokenizer, dense, args.work, args.fit_tokens)
-    base = FitConfig(groups=8, group_width=1152, shared_rank=48, own_rank=28)
-    note = f"fitted on {ids_SC.numel()} tokens"
-    for width in args.widths:
-        full = 2 * width == neurons
-        ranks = {"shared_rank": 0, "own_rank": 0} if full else {}
-        plans = list(
-            fit_layers(dense, ids_SC, replace(base, group_width=2 * width, **ranks), dtype=torch.bfloat16)
-        )
-        share = f"{200 * width / neurons:.4g}% active"
-        add(
-            f"conversion without distillation, {note}, {share}",
-            with_plans(dense, plans, lambda: all_texts(dense)),
-        )
-        if width == 576:
-            drawn = [random_neurons(plan, neurons) for plan in plans]
-            add(
-                f"baseline: random neurons per expert, {share}",
-                with_plans(dense, drawn, lambda: all_texts(dense)),
-            )
-    static = list(
-        fit_layers(dense, ids_SC, replace(base, groups=1, shared_rank=0, own_rank=0), dtype=torch.bfloat16)
+    measure = Measure(
+        dense, {name: spread_windows(ids_T, args.curve_windows) for name, ids_T in held_out.items()}
     )
-    add("baseline: static neurons, 75% active", with_plans(dense, static, lambda: all_texts(dense)))
+    ids_SC = training_rows(tokenizer, dense, args.work, args.fit_tokens)
+    rows += curve(dense, measure, ids_SC, args.widths)
     if args.json:
         print(write_result("demo_quality", rows))
     else:
