@@ -72,7 +72,7 @@ class LayerPlan:
         y_TD = torch.zeros(len(x_TD), ffn.down_DN.shape[0])
         for group, neurons_W in enumerate(self.neurons_GW):
             rows = (group_T == group).nonzero()[:, 0]
-            y_TD[rows] = h_TN[rows][:, neurons_W] @ down_GDW[group].T
+            y_TD[rows] = (h_TN[rows][:, neurons_W] @ down_GDW[group].T).to(y_TD.dtype)
         return y_TD
 
     def experts(self, ffn: DenseFFN, top_k: int) -> Iterator[tuple[Tensor, DenseFFN]]:
