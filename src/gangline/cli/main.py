@@ -18,9 +18,8 @@ from gangline.cli.command import command
 from gangline.cli.group import GanglineGroup
 
 # Idle threads of torch's OpenMP pool spin for milliseconds by default, which takes the cores away from the
-# threads that read experts, and from other programs: six times slower with one busy neighbour on two cores.
-# Spinning for some ten microseconds costs nothing when the machine is quiet. Read when torch is loaded, which
-# is later.
+# threads that read experts and from other programs. A short spin keeps quiet machines quick. Read when torch
+# is loaded, which is later.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
