@@ -10,19 +10,20 @@ from gangline.runtime.runtime import Runtime
 
 
 def load(model: str | Path, **options: Any) -> Any:
-    """Load a MoE within a memory budget. See :func:`gangline.runtime.load.load_model` for the options.
+    """Load a MoE within a memory budget: :func:`gangline.runtime.load.load_model` on a place or ``"demo"``.
 
-    ``"demo"`` is a small real model that is made on first use.
+    ``"demo"`` is a small real model that is made on first use. The options are the fields of
+    :class:`~gangline.runtime.options.LoadOptions`.
     """
-    return load_model(_place(model), **options)
+    return load_model(_place(model), **{"name": str(model), **options})
 
 
 def plan(model: str | Path, **options: Any) -> MemoryPlan:
     """Say from headers alone what :func:`load` would put where.
 
-    See :func:`gangline.runtime.load.plan_model` for the options.
+    The options are those of :func:`load`.
     """
-    return plan_model(_place(model), **options)
+    return plan_model(_place(model), **{"name": str(model), **options})
 
 
 def attach(model: Any, **options: Any) -> Runtime:

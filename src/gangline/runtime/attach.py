@@ -4,8 +4,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -14,7 +14,6 @@ from gangline.checkpoint.pack import open_pack, write_pack
 from gangline.core.errors import UsageError
 from gangline.core.home import cache_dir
 from gangline.core.layout import ExpertCatalog, ExpertLayout
-from gangline.core.sizes import parse_size
 from gangline.formats import get_codec
 from gangline.models import (
     MoEBlock,
@@ -27,9 +26,10 @@ from gangline.models import (
     stored_fields,
 )
 from gangline.runtime.footprint import measure_footprint
-from gangline.runtime.load import prefill_rows, run_from_store
+from gangline.runtime.load import run_from_store
 from gangline.runtime.opened import codec_of, largest_reads
-from gangline.runtime.planner import DEFAULT_CONTEXT, PlanRequest, make_plan
+from gangline.runtime.options import LoadOptions, plan_request
+from gangline.runtime.planner import DEFAULT_CONTEXT, make_plan
 from gangline.runtime.runtime import Runtime
 
 
@@ -52,17 +52,7 @@ class ModuleSource:
             yield expert, tuple(t.detach().contiguous().view(torch.uint8).reshape(-1) for t in tensors)
 
 
-def attach_model(
-    model: PreTrainedModel,
-    *,
-    memory: str | int | None = None,
-    precision: str = "stored",
-    ctx_size: int | None = None,
-    batch_tokens: int | None = None,
-    expert_slots: int | None = None,
-    cache_seed: int | None = None,
-    check: bool = True,
-) -> Runtime:
+def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) -> Runtime:
     """Move a model's experts into a temporary pack on disk and a store within ``memory``; returns its
     runtime.
 
@@ -71,22 +61,30 @@ def attach_model(
 
     Args:
         model: a transformers MoE on the CPU.
-        memory, precision, ctx_size, batch_tokens, expert_slots, cache_seed: as for ``load_model``.
         check: prove first that our view of its routers and experts reproduces the model (a few rows per
-        layer).
+            layer).
+        options: the fields of :class:`~gangline.runtime.options.LoadOptions` that say where experts lie:
+            ``memory``, ``precision``, ``ctx_size``, ``batch_tokens``, ``expert_slots``, ``cache_seed``,
+            ``io``, ``threads``.
 
     Raises:
         ConformanceError, UnsupportedModelError: the model is not understood.
         BudgetError: the budget is too small.
-        UsageError: the model is attached already.
+        UsageError: the model is attached already, or an option is about reading a checkpoint.
+        TypeError: there is no such option.
     """
+    asked = LoadOptions(**{"progress": False, **options})
+    if asked.dtype is not None or asked.revision is not None:
+        raise UsageError("a built model has its dtype and revision; convert it before gangline.attach")
     if getattr(model, "gangline", None) is not None:
         raise UsageError("this model is attached already; call gangline.detach(model) first")
     view = find_moe(model)
     if check:
         check_conformance(view)
     dtype = next(iter(expert_tensors(view.blocks[0], 0))).dtype
-    codec = codec_of(precision)
+    codec = codec_of(asked.precision)
+    if asked.threads is not None:
+        torch.set_num_threads(asked.threads)
     source = ModuleSource(view, dtype)
     folder = Path(tempfile.mkdtemp(prefix="attached-", dir=cache_dir("attached")))
     dropped: list[MoEBlock] = []
@@ -99,19 +97,17 @@ def attach_model(
         footprint = measure_footprint(
             model, model.dtype, view.geometry, catalog.layouts, tuple(largest_reads(catalog, 4096))
         )
-        context = ctx_size or DEFAULT_CONTEXT
-        request = PlanRequest(
-            model=type(model).__name__,
-            budget=None if memory is None else parse_size(memory),
-            precision=precision,
-            context=context,
-            rows=prefill_rows(model.config, context, batch_tokens),
-            process=max(0, int(psutil.Process().memory_info().rss) - footprint.dense),
-            available=int(psutil.virtual_memory().available * 0.9),
-            expert_slots=expert_slots,
+        request = plan_request(
+            asked,
+            model.config,
+            model=asked.name or type(model).__name__,
+            context=DEFAULT_CONTEXT,
+            held=footprint.dense,
         )
         plan = make_plan(request, footprint)
-        run_from_store(model, view, plan, catalog, cache_seed=cache_seed, progress=False)
+        run_from_store(
+            model, view, plan, catalog, io=asked.io, cache_seed=asked.cache_seed, progress=asked.progress
+        )
     except BaseException:
         _restore(dropped, folder, dtype)
         raise

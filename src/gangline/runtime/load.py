@@ -2,28 +2,29 @@
 
 import hashlib
 import logging
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import psutil
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from gangline.checkpoint.locate import LocalCheckpoint, RemoteCheckpoint, resolve_checkpoint
+from gangline.checkpoint.locate import LocalCheckpoint, resolve_checkpoint
 from gangline.checkpoint.pack import write_pack
-from gangline.core.errors import CheckpointError, UsageError
+from gangline.core.errors import CheckpointError
 from gangline.core.home import cache_dir
 from gangline.core.keys import ExpertKey
 from gangline.core.layout import ExpertCatalog
-from gangline.core.sizes import parse_size
 from gangline.core.tiers import Priority
 from gangline.kernels.reference import ReferenceKernel
-from gangline.models import MoEView, check_conformance, expert_math, install, is_chunk_safe
+from gangline.models import MoEView, check_conformance, expert_math, install
 from gangline.policies.caches import CachePolicy, LayerLRU, RandomEviction
 from gangline.runtime.engine import Engine
 from gangline.runtime.files import ExpertFiles, IOMode
-from gangline.runtime.footprint import text_config
+from gangline.runtime.footprint import Footprint
 from gangline.runtime.opened import OpenedModel, codec_of, largest_reads, open_model
-from gangline.runtime.planner import DEFAULT_CONTEXT, PREFILL_ROWS, MemoryPlan, PlanRequest, make_plan
+from gangline.runtime.options import LoadOptions, plan_request
+from gangline.runtime.planner import MemoryPlan, make_plan
 from gangline.runtime.progress import byte_bar
 from gangline.runtime.runtime import Runtime
 from gangline.runtime.slots import SlotPool
@@ -35,123 +36,66 @@ IO_THREADS = 4
 PACK_LAYOUT = 1
 
 
-def load_model(
-    model: str | Path,
-    *,
-    memory: str | int | None = None,
-    precision: str = "stored",
-    ctx_size: int | None = None,
-    batch_tokens: int | None = None,
-    dtype: torch.dtype | None = None,
-    threads: int | None = None,
-    io: IOMode = "auto",
-    revision: str | None = None,
-    expert_slots: int | None = None,
-    cache_seed: int | None = None,
-    progress: bool | None = None,
-) -> PreTrainedModel:
+def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
     """Return a transformers model that generates as the plain one does, within ``memory``.
 
     Args:
         model: a folder, a ``.gguf`` file, a Hub id, or ``owner/name:file.gguf``.
-        memory: peak resident memory of this process (``"6GiB"``); None takes what the machine has free.
-        precision: ``stored`` (exact), or ``int8``, ``int4``, ``int4g32`` ...: round the experts to that.
-        ctx_size: tokens over all sequences for which keys and values are reserved.
-        batch_tokens: rows of one forward pass; ``generate`` feeds a prompt in chunks of this many tokens.
-        dtype: number format of the dense weights and of the computation; None keeps the checkpoint's.
-        threads: threads that compute; None leaves torch's setting.
-        io: how expert files are read: ``direct`` (past the page cache), ``cached``, or ``auto``.
-        revision: branch, tag or commit on the Hub.
-        expert_slots: this many slots instead of what the budget allows (for tests of exactness).
-        cache_seed: evict at random under this seed instead of layer-aware LRU (for the same).
-        progress: show bars; None shows them on a terminal.
+        options: the fields of :class:`~gangline.runtime.options.LoadOptions`.
 
     Raises:
         BudgetError: the budget is too small; the message names the smallest that works.
         CheckpointError, UnsupportedModelError, PackError: the model cannot be read.
+        TypeError: there is no such option.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
-    checkpoint = resolve_checkpoint(model, revision)
-    if not isinstance(checkpoint, LocalCheckpoint):
-        raise CheckpointError(f"{model} is not on this machine; check the network")
-    opened = open_model(checkpoint, dtype)
-    codec = codec_of(precision)
-    request = plan_request(opened, memory, precision, ctx_size, batch_tokens, expert_slots)
-    plan = make_plan(request, opened.footprint(codec), opened.source.notes)
+    asked = LoadOptions(**options)
+    if asked.threads is not None:
+        torch.set_num_threads(asked.threads)
+    opened = _open(model, asked, need_weights=True)
+    plan, _ = _plan(opened, asked)
     for note in plan.notes:
         logger.warning("%s: %s", opened.name, note)
-    catalog = _catalog(opened, codec, progress)
+    catalog = _catalog(opened, codec_of(asked.precision), asked.progress)
     loaded, view = opened.load_dense()
     check_conformance(view)
     if opened.gguf is not None:
         loaded.config.name_or_path = str(opened.gguf.path)
-    return run_from_store(loaded, view, plan, catalog, io=io, cache_seed=cache_seed, progress=progress)
-
-
-def plan_model(
-    model: str | Path,
-    *,
-    memory: str | int | None = None,
-    precision: str = "stored",
-    ctx_size: int | None = None,
-    batch_tokens: int | None = None,
-    dtype: torch.dtype | None = None,
-    revision: str | None = None,
-) -> MemoryPlan:
-    """Return the plan that :func:`load_model` would follow, from headers alone: no weight is read or
-    downloaded.
-
-    Raises:
-        BudgetError, CheckpointError, UnsupportedModelError: as for :func:`load_model`.
-    """
-    from gangline.runtime.speed_model import with_speed
-
-    checkpoint: LocalCheckpoint | RemoteCheckpoint = resolve_checkpoint(model, revision, need_weights=False)
-    opened = open_model(checkpoint, dtype)
-    footprint = opened.footprint(codec_of(precision))
-    request = plan_request(opened, memory, precision, ctx_size, batch_tokens, None)
-    return with_speed(make_plan(request, footprint, opened.source.notes), footprint)
-
-
-def plan_request(
-    opened: OpenedModel,
-    memory: str | int | None,
-    precision: str,
-    ctx_size: int | None,
-    batch_tokens: int | None,
-    expert_slots: int | None,
-) -> PlanRequest:
-    """Fill in what the user left open."""
-    config = text_config(opened.config)
-    longest = int(getattr(config, "max_position_embeddings", 0) or 0)
-    context = ctx_size or (min(longest, DEFAULT_CONTEXT) if longest else DEFAULT_CONTEXT)
-    return PlanRequest(
-        model=opened.name,
-        budget=None if memory is None else parse_size(memory),
-        precision=precision,
-        context=context,
-        rows=prefill_rows(opened.config, context, batch_tokens),
-        process=int(psutil.Process().memory_info().rss),
-        available=int(psutil.virtual_memory().available * 0.9),
-        expert_slots=expert_slots,
+    return run_from_store(
+        loaded, view, plan, catalog, io=asked.io, cache_seed=asked.cache_seed, progress=asked.progress
     )
 
 
-def prefill_rows(config: PreTrainedConfig, context: int, batch_tokens: int | None) -> int:
-    """Return how many tokens of a prompt are computed at once.
+def plan_model(model: str | Path, **options: Any) -> MemoryPlan:
+    """Return the plan that :func:`load_model` would follow, from headers alone: no weight is read or
+    downloaded.
+
+    Args:
+        model: as for :func:`load_model`.
+        options: the same as well; those that place no byte (``threads``, ``io``, ...) change nothing.
 
     Raises:
-        UsageError: chunks are asked for of a family that transformers does not compute right in chunks.
+        BudgetError, CheckpointError, UnsupportedModelError, TypeError: as for :func:`load_model`.
     """
-    if is_chunk_safe(config):
-        return min(batch_tokens or PREFILL_ROWS, context)
-    if batch_tokens is not None and batch_tokens < context:
-        raise UsageError(
-            f"transformers does not compute {config.model_type} right in chunks of a prompt; "
-            f"leave batch_tokens out, or set ctx_size to at most {batch_tokens}"
-        )
-    return context
+    from gangline.runtime.speed_model import with_speed
+
+    asked = LoadOptions(**options)
+    plan, footprint = _plan(_open(model, asked, need_weights=False), asked)
+    return with_speed(plan, footprint)
+
+
+def _open(model: str | Path, options: LoadOptions, *, need_weights: bool) -> OpenedModel:
+    checkpoint = resolve_checkpoint(model, options.revision, need_weights)
+    if options.name is not None:
+        checkpoint = replace(checkpoint, name=options.name)
+    if need_weights and not isinstance(checkpoint, LocalCheckpoint):
+        raise CheckpointError(f"{checkpoint.name} is not on this machine; check the network")
+    return open_model(checkpoint, options.dtype)
+
+
+def _plan(opened: OpenedModel, options: LoadOptions) -> tuple[MemoryPlan, Footprint]:
+    footprint = opened.footprint(codec_of(options.precision))
+    request = plan_request(options, opened.config, model=opened.name)
+    return make_plan(request, footprint, opened.source.notes), footprint
 
 
 def run_from_store(
