@@ -35,6 +35,16 @@ class Grouping:
         """Return the tokens ``[N]`` of the expert at ``index`` of ``experts``, ascending."""
         return self.token_P[self.starts[index] : self.starts[index + 1]]
 
+    def part(self, first: int, last: int) -> "Grouping":
+        """Return the pairs of the experts ``first:last`` of ``experts`` as a grouping of their own."""
+        begin, end = self.starts[first], self.starts[last]
+        return Grouping(
+            self.experts[first:last],
+            tuple(start - begin for start in self.starts[first : last + 1]),
+            self.token_P[begin:end],
+            self.weight_P1[begin:end],
+        )
+
     def add(self, index: int, y_ND: Tensor, out_TD: Tensor) -> None:
         """Add one expert's weighted output to ``out_TD`` (fp32).
 

@@ -262,11 +262,21 @@ class EventLease:
             self._store._changed.notify_all()
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
+        for batch in self.batches(1):
+            yield from batch
+
+    def batches(self, limit: int | None = None) -> Iterator[list[tuple[int, Any]]]:
+        """Yield lists of ``(expert, weights)`` that can be computed now; waits while there is none.
+
+        ``limit``: experts of one list. While others still want a slot, a list takes at most half of the leased
+        ones, so that reading goes on beside computing.
+        """
         while self._waiting or self._missing:
-            expert = self._next_ready()
-            yield expert, self._store._table[ExpertKey(self._layer, expert)].weights
+            experts = self._take_ready(limit or len(self._waiting) + len(self._missing))
+            yield [(e, self._store._table[ExpertKey(self._layer, e)].weights) for e in experts]
             with self._store._changed:
-                self._release(expert)
+                for expert in experts:
+                    self._release(expert)
                 if self._missing:
                     self._request_missing()
                 self._store._changed.notify_all()
@@ -276,29 +286,43 @@ class EventLease:
         """Whether every expert is leased, so that further slots may serve a prefetch."""
         return not self._missing
 
-    def _next_ready(self) -> int:
-        """Return the first held expert whose bytes are there; wait if there is none."""
+    def _take_ready(self, limit: int) -> list[int]:
+        """Return held experts whose bytes are there, at least one; wait if there is none."""
         store = self._store
         with store._changed:
             started = 0.0
             while True:
                 # First of all: slots freed before this thread began to wait wake nobody.
                 self._request_missing()
-                for position, expert in enumerate(self._waiting[:1] if self._in_order else self._waiting):
-                    slot = store._table[ExpertKey(self._layer, expert)]
-                    if slot.state is SlotState.READY:
-                        if slot.error is not None:
-                            raise slot.error
-                        del self._waiting[position]
-                        if started:
-                            store.stats.stall_seconds += time.perf_counter() - started
-                        return expert
+                if self._missing:
+                    limit = min(limit, max(1, len(self._waiting) // 2))
+                ready = self._ready(limit)
+                if ready:
+                    self._waiting = [expert for expert in self._waiting if expert not in ready]
+                    if started:
+                        store.stats.stall_seconds += time.perf_counter() - started
+                    return ready
                 if store._closed:
                     raise StoreError(
                         "the expert store was closed while a model was using it; load the model again"
                     )
                 started = started or time.perf_counter()
                 store._changed.wait()
+
+    def _ready(self, limit: int) -> list[int]:
+        """Return up to ``limit`` held experts that are read; in order, only those before the first that is not."""
+        ready: list[int] = []
+        for expert in self._waiting:
+            slot = self._store._table[ExpertKey(self._layer, expert)]
+            if slot.state is SlotState.READY:
+                if slot.error is not None:
+                    raise slot.error
+                ready.append(expert)
+            elif self._in_order:
+                break
+            if len(ready) == limit:
+                break
+        return ready
 
     def _request_missing(self) -> None:
         """Give slots to as many misses as can have one now (the lock is held)."""
