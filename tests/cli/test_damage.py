@@ -61,10 +61,42 @@ def test_broken_header(fails, folder):
     assert shard.name in fails(folder)
 
 
-def test_unknown_architecture(fails, folder):
+@pytest.fixture
+def unknown(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "no_such_model"}))
-    assert "no_such_model" in fails(folder)
+    return folder
+
+
+def test_unknown_architecture(fails, unknown):
+    assert "no_such_model" in fails(unknown)
+
+
+def test_unknown_architecture_beside_a_talkative_transformers(fails, unknown, monkeypatch):
+    """Refused before transformers warns of it, where the user or a CI machine has it say all it can."""
+    from transformers.utils import logging
+
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "warning")
+    library, level = logging.get_logger("transformers"), logging.get_verbosity()
+    monkeypatch.setattr(library, "propagate", True)
+    logging.set_verbosity_warning()
+    try:
+        assert "no_such_model" in fails(unknown)
+    finally:
+        logging.set_verbosity(level)
+
+
+def test_transformers_is_quiet_though_imported_before(gangline, folder, monkeypatch):
+    from transformers.utils import logging
+
+    monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
+    level = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    try:
+        gangline("plan", folder)
+        assert logging.get_verbosity() == logging.ERROR
+    finally:
+        logging.set_verbosity(level)
 
 
 def test_broken_configuration(fails, folder):

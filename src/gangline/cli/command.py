@@ -89,7 +89,11 @@ def _prepare(debug: bool) -> None:
         format="%(name)s: %(message)s" if debug else "%(levelname)s: %(message)s",
         force=True,
     )
-    if not debug:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not debug and "TRANSFORMERS_VERBOSITY" not in os.environ:
+        os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+        if "transformers" in sys.modules:  # it reads the variable only once, as it is imported
+            from transformers.utils import logging as chatter
+
+            chatter.set_verbosity_error()
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

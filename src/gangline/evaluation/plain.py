@@ -1,5 +1,6 @@
 """The plain transformers model and tokenizer of a checkpoint: what ours is compared with."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from gangline.checkpoint.locate import LocalCheckpoint, resolve_checkpoint
 from gangline.core.errors import CheckpointError
 from gangline.core.sizes import format_size
 from gangline.models import find_moe
+from gangline.runtime.dense import read_config
 from gangline.runtime.opened import experts_modules
 
 _TOKENIZER_FILES = (
@@ -35,7 +37,7 @@ def find_checkpoint(model: str | Path, revision: str | None = None) -> LocalChec
     found = resolve_checkpoint(place(model), revision)
     if not isinstance(found, LocalCheckpoint):
         raise CheckpointError(f"{model} is not on this machine; check the network")
-    return found
+    return replace(found, name=str(model))
 
 
 def place(model: str | Path) -> str | Path:
@@ -52,11 +54,14 @@ def load_tokenizer(checkpoint: LocalCheckpoint) -> Any | None:
 
     Raises:
         CheckpointError: it has one that transformers cannot read.
+        UnsupportedModelError: the tokenizer belongs to an architecture that transformers does not know.
     """
     from transformers import AutoTokenizer
 
     if checkpoint.gguf is not None:
         return GGUFCheckpoint.open(checkpoint.gguf).tokenizer()
+    # Of a configuration that it cannot read, AutoTokenizer makes a nameless one with a warning.
+    read_config(checkpoint.folder, checkpoint.name)
     if not any((checkpoint.folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     try:

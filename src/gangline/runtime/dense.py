@@ -18,27 +18,27 @@ from gangline.models import MoEView, drop_expert_params, find_moe
 _PACKED_EXPERTS_ONLY = {"mxfp4"}
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
-    """Return the configuration of a checkpoint folder.
+def read_config(folder: Path, name: str) -> PreTrainedConfig:
+    """Return the configuration of a checkpoint folder; ``name`` is what the user called the model.
 
     Raises:
         CheckpointError: ``config.json`` is missing or broken.
         UnsupportedModelError: transformers does not know the architecture, or the checkpoint is quantized in
-        a
-            way that is not for us.
+            a way that is not for us.
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        # False and not the default: that asks on a terminal whether to run code from the checkpoint.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, StrictDataclassError) as error:
         raise UnsupportedModelError(
-            f"{folder}: transformers {transformers.__version__} cannot read this configuration "
+            f"{name}: transformers {transformers.__version__} cannot read this configuration "
             f"({str(error).splitlines()[0]}); use a newer transformers or another model"
         ) from error
     except OSError as error:
         raise CheckpointError(
-            f"{folder}: config.json is missing or broken ({str(error).splitlines()[0]}); download it again"
+            f"{name}: {folder / 'config.json'} is missing or broken ({str(error).splitlines()[0]}); download it again"
         ) from error
-    return strip_quantization(config, str(folder))
+    return strip_quantization(config, name)
 
 
 def strip_quantization(config: PreTrainedConfig, name: str) -> PreTrainedConfig:

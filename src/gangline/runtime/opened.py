@@ -120,11 +120,11 @@ def open_model(checkpoint: LocalCheckpoint | RemoteCheckpoint, dtype: torch.dtyp
     if isinstance(checkpoint, LocalCheckpoint) and checkpoint.gguf is not None:
         return _open_gguf(checkpoint, dtype)
     if isinstance(checkpoint, RemoteCheckpoint):
-        folder, config = None, read_config(checkpoint.config.parent)
+        folder, config = None, read_config(checkpoint.config.parent, checkpoint.name)
         index = SafetensorsIndex.from_hub(checkpoint.repo, checkpoint.revision)
         where = Path(checkpoint.repo)
     else:
-        folder, config = checkpoint.folder, read_config(checkpoint.folder)
+        folder, config = checkpoint.folder, read_config(checkpoint.folder, checkpoint.name)
         index = SafetensorsIndex.from_folder(checkpoint.folder)
         where = checkpoint.folder
     kind = dtype or _config_dtype(config)
