@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 
 from gangline.core.events import RoutingEvent
 from gangline.core.keys import ExpertKey
+from gangline.policies.caches.protocol import CachePolicy
 from gangline.policies.caches.quotas import layer_quotas
 
 
-class LayerLRU:
+class LayerLRU(CachePolicy):
     """Least recently used within the layer that is furthest over its quota."""
 
     exact = True

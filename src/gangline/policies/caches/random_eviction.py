@@ -5,9 +5,10 @@ from collections.abc import Callable
 
 from gangline.core.events import RoutingEvent
 from gangline.core.keys import ExpertKey
+from gangline.policies.caches.protocol import CachePolicy
 
 
-class RandomEviction:
+class RandomEviction(CachePolicy):
     """Evicts any evictable resident with equal probability."""
 
     exact = True
