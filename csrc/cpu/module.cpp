@@ -4,6 +4,7 @@
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
 
+#include "bindings.hpp"
 #include "cpu_features.hpp"
 
 namespace nb = nanobind;
@@ -13,4 +14,5 @@ NB_MODULE(_native, m) {
     m.def("cpu_features", &gangline::cpu_features,
           "Return name -> bool for every instruction set extension known on this architecture; true where both the "
           "processor and the operating system support it.");
+    gangline::bind_tiles(m);
 }

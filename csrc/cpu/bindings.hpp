@@ -1,0 +1,10 @@
+// Each part of the native core shows itself to Python by one function, in its own bind_*.cpp.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace gangline {
+
+void bind_tiles(nanobind::module_& m);
+
+}  // namespace gangline

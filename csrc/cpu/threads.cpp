@@ -1,0 +1,202 @@
+// A pool whose workers spin for some tens of microseconds after a piece of work, because the next one usually follows at
+// once, and sleep after that, because torch's own threads want the cores too.
+
+#include "threads.hpp"
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__unix__) || defined(__APPLE__)
+#define GANGLINE_POSIX 1
+#include <pthread.h>
+#include <csignal>
+#endif
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+namespace gangline {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using Body = std::function<void(int, int)>;
+
+constexpr auto idle_spin = std::chrono::microseconds(60);
+// A wait that lasts longer than this has lost its partner to the scheduler: let others run.
+constexpr int spins_before_yield = 4096;
+
+inline void relax() {
+#if defined(__x86_64__) || defined(_M_X64)
+    _mm_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+template <class Done>
+void spin_until(Done done) {
+    for (int i = 0; !done(); ++i) {
+        if (i < spins_before_yield) {
+            relax();
+        } else {
+            std::this_thread::yield();
+        }
+    }
+}
+
+// Signals belong to the interpreter's threads: a worker inherits a mask that blocks them all.
+class BlockSignals {
+#if defined(GANGLINE_POSIX)
+public:
+    BlockSignals() {
+        sigset_t all;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before_);
+    }
+    ~BlockSignals() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+private:
+    sigset_t before_;
+#endif
+};
+
+class Pool {
+public:
+    void set_size(int size) { wanted_.store(size < 1 ? 1 : size); }
+    int size() const { return wanted_.load(); }
+
+    void run(const Body& body) {
+        const std::lock_guard<std::mutex> one_caller(callers_);
+        resize(wanted_.load());
+        if (size_ == 1) {
+            body(0, 1);
+            return;
+        }
+        body_ = &body;
+        running_.store(size_ - 1, std::memory_order_relaxed);
+        publish();
+        body(0, size_);
+        spin_until([this] { return running_.load(std::memory_order_acquire) == 0; });
+    }
+
+    void meet() {
+        if (size_ == 1) return;
+        const std::uint32_t round = round_.load(std::memory_order_acquire);
+        if (waiting_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+            waiting_.store(0, std::memory_order_relaxed);
+            round_.store(round + 1, std::memory_order_release);
+        } else {
+            spin_until([this, round] { return round_.load(std::memory_order_acquire) != round; });
+        }
+    }
+
+private:
+    void publish() {
+        turn_.fetch_add(1, std::memory_order_seq_cst);
+        // The system call is made only when someone sleeps: a sleeper counts itself before it looks at the turn again.
+        if (sleepers_.load(std::memory_order_seq_cst) > 0) turn_.notify_all();
+    }
+
+    void resize(int size) {
+        if (size == size_) return;
+        if (!workers_.empty()) {
+            stop_ = true;
+            publish();
+            for (std::thread& worker : workers_) worker.join();
+            workers_.clear();
+            stop_ = false;
+        }
+        size_ = size;
+        const BlockSignals blocked;
+        for (int worker = 1; worker < size; ++worker) {
+            workers_.emplace_back([this, worker, turn = turn_.load()] { work(worker, turn); });
+        }
+    }
+
+    void work(int worker, std::uint32_t turn) {
+        for (;;) {
+            turn = next_turn(turn);
+            if (stop_) return;
+            (*body_)(worker, size_);
+            running_.fetch_sub(1, std::memory_order_release);
+        }
+    }
+
+    std::uint32_t next_turn(std::uint32_t turn) {
+        const auto end = Clock::now() + idle_spin;
+        do {
+            for (int i = 0; i < 16; ++i) {
+                const std::uint32_t now = turn_.load(std::memory_order_acquire);
+                if (now != turn) return now;
+                relax();
+            }
+        } while (Clock::now() < end);
+        sleepers_.fetch_add(1, std::memory_order_seq_cst);
+        turn_.wait(turn, std::memory_order_seq_cst);
+        sleepers_.fetch_sub(1, std::memory_order_relaxed);
+        return turn_.load(std::memory_order_acquire);
+    }
+
+    std::mutex callers_;
+    std::atomic<int> wanted_{static_cast<int>(std::thread::hardware_concurrency() + (std::thread::hardware_concurrency() == 0))};
+    int size_ = 1;
+    bool stop_ = false;  // written by the caller before it publishes a turn
+    std::vector<std::thread> workers_;
+    const Body* body_ = nullptr;
+    // Lines of their own: each is written while others spin on a different one.
+    alignas(64) std::atomic<std::uint32_t> turn_{0};
+    alignas(64) std::atomic<int> sleepers_{0};
+    alignas(64) std::atomic<int> running_{0};
+    alignas(64) std::atomic<int> waiting_{0};
+    alignas(64) std::atomic<std::uint32_t> round_{0};
+};
+
+// Never destroyed: workers may still sleep in it when the process ends, and a forked child leaves its parent's behind.
+Pool* current = nullptr;
+
+#if defined(GANGLINE_POSIX)
+// A forked child has the calling thread alone. The old pool's threads and locks are not its own: start afresh.
+void after_fork_in_child() {
+    const int size = current->size();
+    current = new Pool;
+    current->set_size(size);
+}
+#endif
+
+Pool& pool() {
+    static const bool made = [] {
+        current = new Pool;
+#if defined(GANGLINE_POSIX)
+        pthread_atfork(nullptr, nullptr, after_fork_in_child);
+#endif
+        return true;
+    }();
+    static_cast<void>(made);
+    return *current;
+}
+
+}  // namespace
+
+void set_threads(int threads) { pool().set_size(threads); }
+
+int threads() { return pool().size(); }
+
+void parallel(const Body& body) { pool().run(body); }
+
+void barrier() { pool().meet(); }
+
+Range share(int count, int grain, int worker, int workers) {
+    const std::int64_t units = (static_cast<std::int64_t>(count) + grain - 1) / grain;
+    const auto cut = [&](int i) {
+        const std::int64_t at = units * i / workers * grain;
+        return static_cast<int>(at < count ? at : count);
+    };
+    return {cut(worker), cut(worker + 1)};
+}
+
+}  // namespace gangline
