@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import tiny_models
 from gangline.checkpoint.resolve import resolve_index, resolve_safetensors
 from gangline.checkpoint.safetensors_index import SafetensorsIndex
-from gangline.checkpoint.source import ExpertsModule, ModuleField
+from gangline.checkpoint.source import ExpertsModule
 from gangline.core.errors import CheckpointError
 from gangline.core.keys import ExpertKey
 from gangline.formats import get_codec
@@ -36,7 +36,7 @@ def modules_of(view) -> list[ExpertsModule]:
             block.transposed,
             block.has_gate,
             block.interleaved,
-            tuple(ModuleField(f.name, f.parameter, f.shape, f.transposed) for f in block.fields),
+            block.fields,
         )
         for block in view.blocks
     ]

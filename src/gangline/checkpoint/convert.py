@@ -13,9 +13,9 @@ from gangline.checkpoint.inplace import CODECS, FieldPlan
 from gangline.checkpoint.mapping import Assembly
 from gangline.checkpoint.safetensors_header import TensorEntry
 from gangline.checkpoint.safetensors_index import SafetensorsIndex
-from gangline.checkpoint.source import ExpertsModule, ModuleField
+from gangline.checkpoint.source import ExpertsModule
 from gangline.core.errors import CheckpointError
-from gangline.core.layout import FieldSpec
+from gangline.core.layout import FieldSpec, ModuleField
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

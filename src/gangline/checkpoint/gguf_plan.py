@@ -20,7 +20,15 @@ from gangline.core.errors import CheckpointError, UnsupportedModelError
 ARCHITECTURES = {"olmoe": "olmoe", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "mixtral": "llama"}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MATRIX_TYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32", "q8_0": "Q8_0", "q4_0": "Q4_0"}
-_BLOCK = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18)}
+_BLOCK = {
+    "F32": (1, 4),
+    "F16": (1, 2),
+    "BF16": (1, 2),
+    "Q8_0": (32, 34),
+    "Q4_0": (32, 18),
+    "Q6_K": (256, 210),
+}
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _MIXTRAL_PARTS = {"w1": "gate", "w3": "up", "w2": "down"}
 
 
@@ -106,8 +114,47 @@ class Plan:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def plan_tensors(folder: Path, config: Any, type: str) -> Plan:
+@dataclass(frozen=True)
+class MatrixTypes:
+    """Which ggml type each matrix gets.
+
+    Attributes:
+        type: of the file, for example ``q4_0``.
+        head: type of the head instead of the usual one; None keeps that.
+        tied: whether the embedding is the head as well.
+        experts: per layer.
+    """
+
+    type: str
+    head: str | None
+    tied: bool
+    experts: int
+
+    def of(self, name: str, columns: int) -> str:
+        """Return the type of one matrix, as llama.cpp's own quantize tool chooses it."""
+        chosen = _MATRIX_TYPES[self.type]
+        if name == (_EMBEDDING if self.tied else _HEAD):
+            chosen = self._head(columns)
+        elif chosen == "Q4_0" and self.experts == 8 and name.endswith(("attn_k.weight", "attn_v.weight")):
+            chosen = "Q8_0"  # small beside eight experts
+        return "F16" if columns % _BLOCK[chosen][0] else chosen
+
+    def _head(self, columns: int) -> str:
+        if self.head is not None:
+            return _MATRIX_TYPES[self.head]
+        if self.type != "q4_0":
+            return _MATRIX_TYPES[self.type]
+        return "Q8_0" if columns % _BLOCK["Q6_K"][0] else "Q6_K"
+
+
+def plan_tensors(folder: Path, config: Any, type: str, head: str | None = None) -> Plan:
     """Plan the GGUF file of one transformers folder from its headers.
+
+    Args:
+        folder: with safetensors files.
+        config: the transformers config.
+        type: of the matrices.
+        head: type of the head, None for what llama.cpp's quantize tool would choose.
 
     Raises:
         CheckpointError: an expert or a dense tensor is missing.
@@ -115,15 +162,18 @@ def plan_tensors(folder: Path, config: Any, type: str) -> Plan:
     """
     family = FAMILIES[ARCHITECTURES[config.model_type]]
     source = SafetensorsRows(folder)
-    tensors = [*_dense_tensors(family, source, config, type), *_expert_tensors(source, config, type)]
-    names = {tensor.name for tensor in tensors}
-    missing = {"token_embd.weight", "output_norm.weight"} - names
+    has_head = "lm_head.weight" in source
+    # These two architectures of llama.cpp do not fall back to the embedding.
+    copies_head = not has_head and family.arch in ("olmoe", "qwen2moe")
+    types = MatrixTypes(type, head, not has_head and not copies_head, config.num_experts)
+    tensors = [*_dense_tensors(family, source, config, types), *_expert_tensors(source, config, types)]
+    missing = {_EMBEDDING, "output_norm.weight"} - {tensor.name for tensor in tensors}
     if missing:
         raise CheckpointError(f"{folder} lacks {', '.join(sorted(missing))}; the checkpoint is incomplete")
-    if "output.weight" not in names and family.arch in ("olmoe", "qwen2moe"):
-        # These two architectures of llama.cpp do not fall back to the embedding.
-        embedding = next(tensor for tensor in tensors if tensor.name == "token_embd.weight")
-        tensors.append(OutTensor("output.weight", embedding.shape, embedding.type, embedding.rows))
+    if copies_head:
+        embedding = next(tensor for tensor in tensors if tensor.name == _EMBEDDING)
+        kind = types.of(_HEAD, embedding.shape[-1])
+        tensors.append(OutTensor(_HEAD, embedding.shape, kind, embedding.rows))
     return Plan(family, source, tuple(sorted(tensors, key=lambda tensor: _place(tensor.name))))
 
 
@@ -132,7 +182,9 @@ def _place(name: str) -> tuple[int, str]:
     return (int(match[1]) + 1, name) if match else (0, name)
 
 
-def _dense_tensors(family: Family, source: SafetensorsRows, config: Any, type: str) -> Iterator[OutTensor]:
+def _dense_tensors(
+    family: Family, source: SafetensorsRows, config: Any, types: MatrixTypes
+) -> Iterator[OutTensor]:
     heads = {"attn_q.weight": config.num_attention_heads, "attn_k.weight": config.num_key_value_heads}
     for stored in source.index.tensors:
         if ".experts." in stored or stored.endswith("rotary_emb.inv_freq"):
@@ -150,20 +202,13 @@ def _dense_tensors(family: Family, source: SafetensorsRows, config: Any, type: s
         yield OutTensor(
             name,
             shape,
-            "F32" if kept else _matrix_type(name, shape[-1], type),
+            "F32" if kept else types.of(name, shape[-1]),
             (Rows(stored, 0, math.prod(source.shape(stored)[:-1])),),
             next((n for end, n in heads.items() if family.permuted and name.endswith(end)), 0),
         )
 
 
-def _matrix_type(name: str, columns: int, type: str) -> str:
-    chosen = _MATRIX_TYPES[type]
-    if chosen == "Q4_0" and name in ("token_embd.weight", "output.weight"):
-        chosen = "Q8_0"
-    return "F16" if columns % _BLOCK[chosen][0] else chosen
-
-
-def _expert_tensors(source: SafetensorsRows, config: Any, type: str) -> Iterator[OutTensor]:
+def _expert_tensors(source: SafetensorsRows, config: Any, types: MatrixTypes) -> Iterator[OutTensor]:
     for layer in range(config.num_hidden_layers):
         for part in ("gate", "up", "down"):
             rows = tuple(_expert_rows(source, layer, expert, part) for expert in range(config.num_experts))
@@ -173,9 +218,7 @@ def _expert_tensors(source: SafetensorsRows, config: Any, type: str) -> Iterator
                     f"the experts of layer {layer} differ in the shape of {part}; the folder is corrupt"
                 )
             name = f"blk.{layer}.ffn_{part}_exps.weight"
-            yield OutTensor(
-                name, (len(rows), rows[0].count, columns), _matrix_type(name, columns, type), rows
-            )
+            yield OutTensor(name, (len(rows), rows[0].count, columns), types.of(name, columns), rows)
 
 
 def _expert_rows(source: SafetensorsRows, layer: int, expert: int, part: str) -> Rows:

@@ -22,6 +22,7 @@ from gangline.checkpoint.gguf_header import require_gguf
 from gangline.checkpoint.gguf_metadata import add_metadata, check_computable
 from gangline.checkpoint.gguf_names import FAMILIES, permute_heads
 from gangline.checkpoint.gguf_plan import ARCHITECTURES, OutTensor, Plan, Rows, SafetensorsRows, plan_tensors
+from gangline.checkpoint.gguf_q6_k import encode_q6_k
 from gangline.checkpoint.gguf_vocab import add_vocabulary
 from gangline.core.errors import CheckpointError, UnsupportedModelError
 from gangline.core.sizes import format_size
@@ -46,18 +47,21 @@ def write_gguf(
     out_path: str | Path,
     *,
     type: GGUFType = "bf16",
+    head: GGUFType | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Convert a local transformers folder to a GGUF file, which appears under its name only when complete.
 
-    Routers and norms stay F32 as in llama.cpp. ``q4_0`` keeps the embedding and the head in Q8_0. Rows whose
-    length is not a multiple of 32 stay F16 in the two quantized types. A folder with a tokenizer gets its
+    Types are those of llama.cpp's own quantize tool: routers and norms stay F32; a ``q4_0`` file has its head in
+    Q6_K (Q8_0 where rows are no multiple of 256), and keys and values in Q8_0 if there are eight experts. Rows
+    whose length is not a multiple of 32 stay F16 in the two quantized types. A folder with a tokenizer gets its
     vocabulary; without one, llama.cpp loads the file with placeholder tokens and takes token ids.
 
     Args:
         model_folder: folder of an ``olmoe``, ``qwen2_moe``, ``qwen3_moe`` or ``mixtral`` checkpoint.
         out_path: the file to write; an existing one is replaced.
         type: how the matrices are stored; ``bf16`` is exact for a bf16 checkpoint, ``f32`` for every one.
+        head: type of the head (the tied embedding too), None for the usual one.
         progress: called with bytes written and bytes in all, after every piece.
 
     Returns:
@@ -69,12 +73,13 @@ def write_gguf(
     """
     gguf = require_gguf()
     folder, out = Path(model_folder), Path(out_path)
-    if type not in _FILE_TYPES:
-        raise UnsupportedModelError(
-            f"cannot write GGUF type {type!r}; choose one of {', '.join(_FILE_TYPES)}"
-        )
+    for chosen in (type, head or type):
+        if chosen not in _FILE_TYPES:
+            raise UnsupportedModelError(
+                f"cannot write GGUF type {chosen!r}; choose one of {', '.join(_FILE_TYPES)}"
+            )
     config = _read_config(folder)
-    plan = plan_tensors(folder, config, type)
+    plan = plan_tensors(folder, config, type, head)
     if not out.parent.is_dir():
         raise CheckpointError(f"{out.parent} is no folder; make it first, or write {out.name} elsewhere")
     free = shutil.disk_usage(out.parent).free
@@ -155,6 +160,8 @@ def _encode(rows: Tensor, kind: str) -> bytes:
     """Return the bytes of ``(rows, columns)`` weights in one ggml type."""
     if kind in _DENSE:
         return rows.to(_DENSE[kind]).contiguous().view(torch.uint8).numpy().tobytes()
+    if kind == "Q6_K":
+        return encode_q6_k(rows).numpy().tobytes()
     gguf = require_gguf()
     packed: bytes = gguf.quants.quantize(rows.float().numpy(), gguf.GGMLQuantizationType[kind]).tobytes()
     return packed

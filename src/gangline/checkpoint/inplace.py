@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from gangline.checkpoint.mapping import Assembly
 from gangline.checkpoint.safetensors_header import TensorEntry
 from gangline.checkpoint.safetensors_index import SafetensorsIndex
-from gangline.checkpoint.source import ExpertsModule, ModuleField
-from gangline.core.layout import Extent, FieldSpec
+from gangline.checkpoint.source import ExpertsModule
+from gangline.core.layout import Extent, FieldSpec, ModuleField
 
 if TYPE_CHECKING:
     from transformers.core_model_loading import ConversionOps

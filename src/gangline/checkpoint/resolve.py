@@ -10,8 +10,9 @@ from gangline.checkpoint.inplace import FieldPlan, plan_each, plan_in_place, pla
 from gangline.checkpoint.mapping import Assembly, assemble, missing_sources
 from gangline.checkpoint.safetensors_index import SafetensorsIndex
 from gangline.checkpoint.safetensors_source import LayerPlan, SafetensorsSource
-from gangline.checkpoint.source import ExpertsModule, ExpertSource, ModuleField
+from gangline.checkpoint.source import ExpertsModule, ExpertSource
 from gangline.core.errors import CheckpointError
+from gangline.core.layout import ModuleField
 
 if TYPE_CHECKING:
     import torch

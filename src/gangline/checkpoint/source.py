@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from gangline.core.layout import ExpertCatalog, ExpertLayout
+from gangline.core.layout import ExpertCatalog, ExpertLayout, ModuleField
 
 
 class ExpertSource(Protocol):
@@ -49,23 +49,6 @@ class ExpertSource(Protocol):
         At most one layer is in memory. A tensor may be a view that later steps of the iterator leave alone.
         """
         ...
-
-
-@dataclass(frozen=True)
-class ModuleField:
-    """Where a module keeps one matrix of every expert.
-
-    Attributes:
-        name: ``gate_up``, ``gate``, ``up`` or ``down``.
-        parameter: path below the experts module; ``{expert}`` stands for the id where experts are modules.
-        shape: rows and columns of one expert's matrix as stored.
-        transposed: whether these are ``(in, out)``.
-    """
-
-    name: str
-    parameter: str
-    shape: tuple[int, int]
-    transposed: bool = False
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,23 @@ class ExpertLayout:
         return sum(field.nbytes for field in self.fields)
 
 
+@dataclass(frozen=True)
+class ModuleField:
+    """Where a model's experts module keeps one matrix of every expert.
+
+    Attributes:
+        name: ``gate_up``, ``gate``, ``up`` or ``down``.
+        parameter: path below the experts module; ``{expert}`` stands for the id where experts are modules.
+        shape: rows and columns of one expert's matrix as stored.
+        transposed: whether these are ``(in, out)``.
+    """
+
+    name: str
+    parameter: str
+    shape: tuple[int, int]
+    transposed: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Extent:
     """A byte range of a file; ``file`` indexes ``ExpertCatalog.files``."""

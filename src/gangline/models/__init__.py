@@ -13,7 +13,7 @@ from gangline.models.conformance import check_conformance
 from gangline.models.detect import find_moe
 from gangline.models.resident import resident_forward
 from gangline.models.router import RouterSpec, Selection, select
-from gangline.models.view import ExpertsForward, MoEBlock, MoEView, StoredField, Undo
+from gangline.models.view import ExpertsForward, MoEBlock, MoEView, Undo
 
 __all__ = [
     "ExpertsForward",
@@ -21,7 +21,6 @@ __all__ = [
     "MoEView",
     "RouterSpec",
     "Selection",
-    "StoredField",
     "Undo",
     "check_conformance",
     "drop_expert_params",

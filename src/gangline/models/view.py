@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol, TypedDict
 from torch import Tensor, nn
 
 from gangline.core.geometry import LayerGeometry, MoEGeometry
+from gangline.core.layout import ModuleField
 from gangline.kernels.reference import ExpertMath
 from gangline.models.router import RouterSpec
 
@@ -25,23 +26,6 @@ class Routed(NamedTuple):
     logits_TE: Tensor
     weights_TK: Tensor
     ids_TK: Tensor
-
-
-@dataclass(frozen=True)
-class StoredField:
-    """Where the module keeps one matrix of every expert.
-
-    Attributes:
-        name: ``gate_up``, ``gate``, ``up`` or ``down``.
-        parameter: path below the experts module; ``{expert}`` stands for the id if each expert is a module.
-        shape: rows and columns of one expert's matrix as stored.
-        transposed: whether these are ``(in, out)``.
-    """
-
-    name: str
-    parameter: str
-    shape: tuple[int, int]
-    transposed: bool = False
 
 
 class LayoutFlags(TypedDict, total=False):
@@ -123,7 +107,7 @@ class MoEBlock:
     router_name: str | None
     shared: tuple[tuple[str, nn.Module], ...]
     geometry: LayerGeometry
-    fields: tuple[StoredField, ...]
+    fields: tuple[ModuleField, ...]
     param_shapes: dict[str, tuple[int, ...]]
     adapter: Adapter
     has_gate: bool = True

@@ -36,7 +36,8 @@ def read_config(folder: Path, name: str) -> PreTrainedConfig:
         ) from error
     except OSError as error:
         raise CheckpointError(
-            f"{name}: {folder / 'config.json'} is missing or broken ({str(error).splitlines()[0]}); download it again"
+            f"{name}: {folder / 'config.json'} is missing or broken ({str(error).splitlines()[0]}); "
+            "download it again"
         ) from error
     return strip_quantization(config, name)
 

@@ -14,7 +14,7 @@ from gangline.checkpoint.locate import LocalCheckpoint, RemoteCheckpoint
 from gangline.checkpoint.pack import recode_layout
 from gangline.checkpoint.resolve import resolve_index
 from gangline.checkpoint.safetensors_index import SafetensorsIndex
-from gangline.checkpoint.source import ExpertsModule, ExpertSource, ModuleField
+from gangline.checkpoint.source import ExpertsModule, ExpertSource
 from gangline.core.errors import UsageError
 from gangline.core.layout import ExpertCatalog, ExpertLayout
 from gangline.models import MoEView
@@ -160,7 +160,7 @@ def experts_modules(view: MoEView) -> list[ExpertsModule]:
             transposed=block.transposed,
             has_gate=block.has_gate,
             interleaved=block.interleaved,
-            matrices=tuple(ModuleField(f.name, f.parameter, f.shape, f.transposed) for f in block.fields),
+            matrices=block.fields,
         )
         for block in view.blocks
     ]

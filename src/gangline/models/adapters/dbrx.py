@@ -8,10 +8,11 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from gangline.core.layout import ModuleField
 from gangline.kernels.reference import ExpertMath
 from gangline.models.adapters.parameters import matrix_shape
 from gangline.models.adapters.stacked import StackedAdapter, gated
-from gangline.models.view import ExpertsForward, LayoutFlags, MoEBlock, Routed, StoredField
+from gangline.models.view import ExpertsForward, LayoutFlags, MoEBlock, Routed
 
 
 class DbrxAdapter(StackedAdapter):
@@ -23,14 +24,14 @@ class DbrxAdapter(StackedAdapter):
         """Whether this is dbrx's experts module."""
         return type(module).__name__ == "DbrxExperts"
 
-    def fields(self, module: nn.Module, flags: LayoutFlags) -> tuple[StoredField, ...]:
+    def fields(self, module: nn.Module, flags: LayoutFlags) -> tuple[ModuleField, ...]:
         """Name ``w1``, ``v1``, ``w2`` by what they do."""
         rows, hidden = matrix_shape(module, "mlp.w1", stacked=False)
         shape = (rows // self.experts_of(module), hidden)
         return (
-            StoredField("gate", "mlp.w1", shape),
-            StoredField("up", "mlp.v1", shape),
-            StoredField("down", "mlp.w2", shape, transposed=True),
+            ModuleField("gate", "mlp.w1", shape),
+            ModuleField("up", "mlp.v1", shape),
+            ModuleField("down", "mlp.w2", shape, transposed=True),
         )
 
     def slices(self, block: MoEBlock, stack: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from gangline.core.layout import ModuleField
 from gangline.kernels.reference import ExpertMath
 from gangline.models.adapters.parameters import matrix_shape
 from gangline.models.adapters.stacked import StackedAdapter, gated
-from gangline.models.view import ExpertsForward, LayoutFlags, MoEBlock, Routed, StoredField
+from gangline.models.view import ExpertsForward, LayoutFlags, MoEBlock, Routed
 
 
 class JetMoeAdapter(StackedAdapter):
@@ -32,10 +33,10 @@ class JetMoeAdapter(StackedAdapter):
         """Experts of the two parallel linear layers."""
         return int(cast(Any, module.input_linear).num_experts)
 
-    def fields(self, module: nn.Module, flags: LayoutFlags) -> tuple[StoredField, ...]:
+    def fields(self, module: nn.Module, flags: LayoutFlags) -> tuple[ModuleField, ...]:
         """Name the two parallel linear layers by what they do."""
         named = (("gate_up", "input_linear.weight"), ("down", "output_linear.weight"))
-        return tuple(StoredField(name, path, matrix_shape(module, path)) for name, path in named)
+        return tuple(ModuleField(name, path, matrix_shape(module, path)) for name, path in named)
 
     def wrap(self, block: MoEBlock, forward: ExpertsForward) -> Callable[..., Tensor]:
         """Return the block's forward: route, compute, add the block's bias."""

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from gangline.core.layout import ModuleField
 from gangline.kernels.reference import ExpertMath
 from gangline.models.adapters.parameters import get_parameter, matrix_shape, set_parameter
 from gangline.models.adapters.stacked import StackedAdapter
-from gangline.models.view import ExpertsForward, LayoutFlags, MoEBlock, Routed, StoredField
+from gangline.models.view import ExpertsForward, LayoutFlags, MoEBlock, Routed
 
 
 class ModulesAdapter(StackedAdapter):
@@ -26,11 +27,11 @@ class ModulesAdapter(StackedAdapter):
     up_name: str
     down_name: str
 
-    def fields(self, module: nn.Module, flags: LayoutFlags) -> tuple[StoredField, ...]:
+    def fields(self, module: nn.Module, flags: LayoutFlags) -> tuple[ModuleField, ...]:
         """One field per linear layer."""
         names = (("up", self.up_name), ("down", self.down_name))
         return tuple(
-            StoredField(
+            ModuleField(
                 field,
                 f"expert_{{expert}}.{name}.weight",
                 matrix_shape(module, f"expert_0.{name}.weight", stacked=False),
@@ -43,7 +44,7 @@ class ModulesAdapter(StackedAdapter):
         bias = cast(Any, module)["expert_0"].get_submodule(self.up_name).bias is not None
         return {"has_gate": False, "has_bias": bias}
 
-    def param_shapes(self, module: nn.Module, fields: tuple[StoredField, ...]) -> dict[str, tuple[int, ...]]:
+    def param_shapes(self, module: nn.Module, fields: tuple[ModuleField, ...]) -> dict[str, tuple[int, ...]]:
         """Shapes of one expert's parameters."""
         return {field.parameter: field.shape for field in fields}
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from gangline.core.errors import UnsupportedModelError
 from gangline.core.geometry import LayerGeometry
+from gangline.core.layout import ModuleField
 from gangline.kernels.reference import ExpertMath
 from gangline.models.adapters.parameters import get_parameter, matrix_shape, set_parameter
 from gangline.models.router_table import RouterUnknownError, router_spec
-from gangline.models.view import Adapter, ExpertsForward, LayoutFlags, MoEBlock, Routed, StoredField, Undo
+from gangline.models.view import Adapter, ExpertsForward, LayoutFlags, MoEBlock, Routed, Undo
 
 _ROUTER_NAMES = ("gate", "router")
 # These two read the sequence length off their input, so rows must come as one sequence.
@@ -34,12 +35,12 @@ class StackedAdapter(Adapter):
         """Layout flags of the module, as fields of ``MoEBlock``."""
         return {}
 
-    def fields(self, module: nn.Module, flags: LayoutFlags) -> tuple[StoredField, ...]:
+    def fields(self, module: nn.Module, flags: LayoutFlags) -> tuple[ModuleField, ...]:
         """Where one expert's matrices lie."""
         first = "gate_up" if flags.get("has_gate", True) else "up"
         transposed = flags.get("transposed", False)
         return tuple(
-            StoredField(field, name, matrix_shape(module, name), transposed)
+            ModuleField(field, name, matrix_shape(module, name), transposed)
             for field, name in ((first, f"{first}_proj"), ("down", "down_proj"))
         )
 
@@ -91,7 +92,7 @@ class StackedAdapter(Adapter):
         _attach_router_spec(block)
         return block
 
-    def param_shapes(self, module: nn.Module, fields: tuple[StoredField, ...]) -> dict[str, tuple[int, ...]]:
+    def param_shapes(self, module: nn.Module, fields: tuple[ModuleField, ...]) -> dict[str, tuple[int, ...]]:
         """Full shapes of the parameters behind the fields."""
         return {f.parameter: tuple(get_parameter(module, f.parameter).shape) for f in fields}
 
@@ -187,7 +188,7 @@ def replace_forward(module: nn.Module, forward: Callable[..., object]) -> Undo:
     return undo
 
 
-def _geometry(fields: tuple[StoredField, ...], experts: int, top_k: int) -> LayerGeometry:
+def _geometry(fields: tuple[ModuleField, ...], experts: int, top_k: int) -> LayerGeometry:
     down = fields[-1]
     hidden, intermediate = reversed(down.shape) if down.transposed else down.shape
     gateless = [field.name for field in fields] == ["up", "down"]
