@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "matrix.hpp"
+#include "row_ops.hpp"
 
 namespace gangline {
 
@@ -17,6 +18,8 @@ struct Kernels {
     // to `padded` with zeros.
     void (*quantize_rows)(const float* x, std::ptrdiff_t stride, int tokens, int cols, int group, int padded,
                           std::int8_t* q, float* scale, std::int32_t* sum);
+    // Gates, sums and conversions; row_ops.inl.hpp has them for every instruction set.
+    RowOps rows;
 };
 
 // The tables that were compiled in; a null pointer where this architecture has no such instruction set.

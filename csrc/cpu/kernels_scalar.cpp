@@ -1,10 +1,14 @@
 // Plain C++: what every other table is measured against, and what runs where none of them does.
 
+#define GANGLINE_SCALAR 1
+
 #include <bit>
 #include <cmath>
 #include <cstring>
 
+#include "float_rows.inl.hpp"
 #include "kernels.hpp"
+#include "row_ops.inl.hpp"
 #include "tile_layout.hpp"
 #include "tile_scale.hpp"
 
@@ -123,10 +127,11 @@ void quantize_rows(const float* x, std::ptrdiff_t stride, int tokens, int cols, 
 
 constexpr Kernels table = {
     "scalar",
-    {nullptr, nullptr, nullptr, matmul_tiles<Format::tile_int2>, matmul_tiles<Format::tile_int3>,
+    {float_matmul<F32Weights>, float_matmul<F16Weights>, float_matmul<Bf16Weights>, matmul_tiles<Format::tile_int2>, matmul_tiles<Format::tile_int3>,
      matmul_tiles<Format::tile_int4>, matmul_tiles<Format::tile_int8>, matmul_tiles<Format::tile_mxfp4>, nullptr, nullptr,
      nullptr},
     quantize_rows,
+    row_ops,
 };
 
 }  // namespace
