@@ -126,7 +126,7 @@ def chat_prompts(seed: int = 0) -> list[str]:
     return prompts[-32:] + prompts[:-32]
 
 
-def chat_ids(tokenizer: Any, model: Any, prompts: int = 96) -> torch.Tensor:
+def chat_ids(tokenizer: Any, model: Any, prompts: int = 384) -> torch.Tensor:
     """The dense model's own sampled answers to the first prompts, in its chat template, one after another."""
     torch.manual_seed(0)
     tokenizer.padding_side = "left"

@@ -36,14 +36,14 @@ from gangline.compress.dense_to_moe import (
 LENGTH = 512
 # Shares of the calibration tokens: prose, short texts, technical manuals, the model's own chats.
 SHARES = {
-    "anarchism": 0.35,
-    "fortunes": 0.15,
-    "debian-reference-en": 0.1,
-    "developers-reference": 0.08,
-    "harden-doc": 0.08,
+    "anarchism": 0.3,
+    "fortunes": 0.1,
+    "debian-reference-en": 0.08,
+    "developers-reference": 0.07,
+    "harden-doc": 0.06,
     "debian-faq": 0.02,
     "maint-guide": 0.02,
-    "chat": 0.2,
+    "chat": 0.35,
 }
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gangline.compress.dense_to_moe import LayerPlan, LowRank
+from gangline.compress.dense_to_moe.rounding import best_scale, codes
 from gangline.core.errors import FormatError
 
 FORMAT = "gangline-demo-2"
@@ -33,18 +34,9 @@ class Artifact:
 
 def _quantize(factor_RX: Tensor) -> tuple[Tensor, Tensor]:
     """Int4 codes uint8 [..., R, X / 2], low nibble first, and float16 scales [..., R, 1] of least error."""
-    best_error, best_scale = (
-        torch.full_like(factor_RX[..., :1], float("inf")),
-        torch.ones_like(factor_RX[..., :1]),
-    )
-    peak = factor_RX.abs().amax(-1, keepdim=True).clamp_min(1e-6) / 7
-    for clip in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
-        scale = (peak * clip).half().float()
-        error = ((factor_RX / scale).round().clamp(-7, 7) * scale - factor_RX).square().sum(-1, keepdim=True)
-        best_scale = torch.where(error < best_error, scale, best_scale)
-        best_error = torch.minimum(error, best_error)
-    codes = ((factor_RX / best_scale).round().clamp(-7, 7) + 8).to(torch.uint8)
-    return codes[..., 0::2] | (codes[..., 1::2] << 4), best_scale.half()
+    scale = best_scale(factor_RX)
+    stored = (codes(factor_RX, scale) + 8).to(torch.uint8)
+    return stored[..., 0::2] | (stored[..., 1::2] << 4), scale.half()
 
 
 def _dequantize(packed: Tensor, scale: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """Distil the corrections of a converted model end to end from the dense model it came from.
 
 The loss is the Kullback-Leibler divergence of next-token distributions, teacher first, as in knowledge
-distillation (arXiv 1503.02531); only the low-rank corrections learn, routers and neurons stay as fitted.
+distillation (arXiv 1503.02531); only the low-rank corrections learn, routers and neurons stay as fitted. The
+student computes with the corrections as they will be stored, rounded to int4, and gradients pass the rounding
+straight through (arXiv 1308.3432): what is learned survives storing.
 
 Shapes: T tokens, D hidden, N neurons, G groups, R and Q ranks, B sequences, C tokens per sequence.
 """
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gangline.compress.dense_to_moe.layer import LayerPlan, LowRank
+from gangline.compress.dense_to_moe.rounding import best_scale, rounded
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,18 @@ class DistillConfig:
     steps: int = 200
     rate: float = 0.02
     warmup: int = 10
+
+
+class RoundedFactor(nn.Module):
+    """A factor that learns in full precision and is used rounded, with the scales that it began with."""
+
+    def __init__(self, factor: Tensor, dim: int) -> None:
+        super().__init__()
+        self.full, self.scale = nn.Parameter(factor.clone()), best_scale(factor, dim)
+
+    def forward(self) -> Tensor:
+        """The rounded factor; its gradient goes to the full one."""
+        return self.full + (rounded(self.full, self.scale) - self.full).detach()
 
 
 class GroupedFFN(nn.Module):
@@ -43,10 +58,9 @@ class GroupedFFN(nn.Module):
         self.member_GN = torch.zeros(groups, neurons).scatter_(1, plan.neurons_GW, 1.0)
         right_GRN = torch.zeros(groups, rank, neurons)
         right_GRN.scatter_(2, plan.neurons_GW[:, None].expand(-1, rank, -1), plan.own.right)
-        self.shared_left_DQ, self.shared_right_QN = (
-            nn.Parameter(f.clone()) for f in (plan.shared.left, plan.shared.right)
-        )
-        self.own_left_GDR, self.own_right_GRN = nn.Parameter(plan.own.left.clone()), nn.Parameter(right_GRN)
+        self.shared_left_DQ = RoundedFactor(plan.shared.left, -2)
+        self.shared_right_QN = RoundedFactor(plan.shared.right, -1)
+        self.own_left_GDR, self.own_right_GRN = RoundedFactor(plan.own.left, -2), RoundedFactor(right_GRN, -1)
 
     def forward(self, x_BCD: Tensor) -> Tensor:
         """Output of the FFN, dense or grouped."""
@@ -57,19 +71,21 @@ class GroupedFFN(nn.Module):
         group_T = (x_TD.float() @ self.plan.router_GD.T).argmax(1)
         h_TN = nn.functional.silu(self.mlp.gate_proj(x_TD)) * self.mlp.up_proj(x_TD)
         h_TN = h_TN * self.member_GN.to(h_TN.dtype)[group_T]
-        y_TD = self.mlp.down_proj(h_TN) + (h_TN @ self.shared_right_QN.T) @ self.shared_left_DQ.T
-        inner_TGR = (h_TN @ self.own_right_GRN.flatten(0, 1).T).unflatten(1, self.own_right_GRN.shape[:2])
+        own_left_GDR, own_right_GRN = self.own_left_GDR(), self.own_right_GRN()
+        y_TD = self.mlp.down_proj(h_TN) + (h_TN @ self.shared_right_QN().T) @ self.shared_left_DQ().T
+        inner_TGR = (h_TN @ own_right_GRN.flatten(0, 1).T).unflatten(1, own_right_GRN.shape[:2])
         chosen_TG1 = nn.functional.one_hot(group_T, len(self.member_GN)).to(inner_TGR.dtype)[..., None]
-        y_TD = y_TD + (inner_TGR * chosen_TG1).flatten(1) @ self.own_left_GDR.transpose(1, 2).flatten(0, 1)
+        y_TD = y_TD + (inner_TGR * chosen_TG1).flatten(1) @ own_left_GDR.transpose(1, 2).flatten(0, 1)
         output_BCD: Tensor = y_TD.view_as(x_BCD)
         return output_BCD
 
     def learned(self) -> LayerPlan:
         """The plan with the corrections as they are now."""
         neurons_GW = self.plan.neurons_GW
-        index_GRW = neurons_GW[:, None].expand(-1, self.own_right_GRN.shape[1], -1)
-        own = LowRank(self.own_left_GDR.detach().clone(), self.own_right_GRN.detach().gather(2, index_GRW))
-        shared = LowRank(self.shared_left_DQ.detach().clone(), self.shared_right_QN.detach().clone())
+        right_GRN = self.own_right_GRN().detach()
+        own_right_GRW = right_GRN.gather(2, neurons_GW[:, None].expand(-1, right_GRN.shape[1], -1))
+        own = LowRank(self.own_left_GDR().detach(), own_right_GRW)
+        shared = LowRank(self.shared_left_DQ().detach(), self.shared_right_QN().detach())
         return LayerPlan(self.plan.router_GD, neurons_GW, shared, own)
 
 
