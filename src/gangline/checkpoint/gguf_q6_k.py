@@ -1,7 +1,7 @@
 """Encode weights as ggml's Q6_K, the type that llama.cpp gives the head of a Q4_0 file.
 
-The ``gguf`` package decodes Q6_K only. Layout as in ``formats.ggml_super.decode_q6_k``: 128 bytes of low nibbles,
-64 of upper bit pairs, 16 signed scales, ``d``; a weight is ``d s (q - 32)``.
+The ``gguf`` package decodes Q6_K only. Layout as in ``formats.ggml_super.decode_q6_k``: 128 bytes of low
+nibbles, 64 of upper bit pairs, 16 signed scales, ``d``; a weight is ``d s (q - 32)``.
 
 Shapes: N super-blocks of 256 weights, S 16 groups of one, L 16 weights of a group.
 """

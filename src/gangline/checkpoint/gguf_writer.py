@@ -52,10 +52,10 @@ def write_gguf(
 ) -> Path:
     """Convert a local transformers folder to a GGUF file, which appears under its name only when complete.
 
-    Types are those of llama.cpp's own quantize tool: routers and norms stay F32; a ``q4_0`` file has its head in
-    Q6_K (Q8_0 where rows are no multiple of 256), and keys and values in Q8_0 if there are eight experts. Rows
-    whose length is not a multiple of 32 stay F16 in the two quantized types. A folder with a tokenizer gets its
-    vocabulary; without one, llama.cpp loads the file with placeholder tokens and takes token ids.
+    Types are those of llama.cpp's own quantize tool: routers and norms stay F32; a ``q4_0`` file has its head
+    in Q6_K (Q8_0 where rows are no multiple of 256), and keys and values in Q8_0 if there are eight experts.
+    Rows whose length is not a multiple of 32 stay F16 in the two quantized types. A folder with a tokenizer
+    gets its vocabulary; without one, llama.cpp loads the file with placeholder tokens and takes token ids.
 
     Args:
         model_folder: folder of an ``olmoe``, ``qwen2_moe``, ``qwen3_moe`` or ``mixtral`` checkpoint.

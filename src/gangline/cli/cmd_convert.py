@@ -17,7 +17,15 @@ GGUFType = Literal["bf16", "f16", "f32", "q8_0", "q4_0"]
 def convert(
     out: Output,
     model: ModelArgument,
-    output: Annotated[str, typer.Argument(metavar="OUT", help="Folder, or .gguf file, to write.")],
+    out_argument: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[OUT]", help="Folder, or .gguf file, to write; or give -o.", show_default=False
+        ),
+    ] = None,
+    output: Annotated[
+        str | None, option("--output", "-o", metavar="OUT", help="The same as an option.")
+    ] = None,
     to: Annotated[Literal["moe", "gguf"], option("--to", help="What to make.")] = "moe",
     text: Annotated[
         str | None,
@@ -46,7 +54,9 @@ def convert(
     """Make a MoE from a dense model (approximate), or a GGUF file from a MoE."""
     sizes = {"experts": experts, "top_k": top_k, "width": width, "tokens": tokens}
     _refuse_foreign_flags(to, {"moe": {"text": text, **sizes}, "gguf": {"type": type}})
-    target = Path(output).expanduser()
+    if (out_argument is None) == (output is None):
+        raise UsageError("say where to write, once: gangline convert MODEL OUT, or -o OUT")
+    target = Path(out_argument or str(output)).expanduser()
     if target.exists():
         raise UsageError(f"{target} exists already; name another place, or remove it first")
     if to == "gguf":
