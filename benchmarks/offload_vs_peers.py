@@ -50,17 +50,17 @@ class Run:
         return statistics.fmean(step["bytes"] for step in self.decode)
 
     @property
-    def decode_share(self) -> float:
-        """Share of the disk's bandwidth that decoding used."""
-        return self.disk.share(self.decode_bytes, 1 / self.decode_speed)
+    def decode_rate(self) -> float:
+        """Bytes/s from the disk while decoding."""
+        return self.decode_bytes * self.decode_speed
 
     def prefill_speed(self, length: str) -> float:
         """Tokens/s of the prompt of that length."""
         return int(length) / self.prefill[length]["seconds"]
 
-    def prefill_share(self, length: str) -> float:
-        """Share of the disk's bandwidth that the prompt used."""
-        return self.disk.share(self.prefill[length]["bytes"], self.prefill[length]["seconds"])
+    def prefill_rate(self, length: str) -> float:
+        """Bytes/s from the disk while reading the prompt."""
+        return self.prefill[length]["bytes"] / self.prefill[length]["seconds"]
 
 
 def run_side(side: str, args: argparse.Namespace) -> Run | None:
@@ -103,27 +103,27 @@ def run_side(side: str, args: argparse.Namespace) -> Run | None:
 def describe(side: str, run: Run) -> str:
     """One line for people."""
     prefill = ", ".join(
-        f"{length} tokens {run.prefill_speed(length):.1f}/s ({run.prefill_share(length):.0%})"
+        f"{length} tokens {run.prefill_speed(length):.1f}/s ({run.prefill_rate(length) / 1e9:.2f} GB/s)"
         for length in run.prefill
     )
     return (
         f"{side}: decode {run.decode_speed:.2f} tokens/s, {format_size(run.decode_bytes)} a token, "
-        f"{run.decode_share:.0%} of the disk ({run.disk.mean / 1e9:.2f} GB/s); prefill {prefill}; "
+        f"{run.decode_rate / 1e9:.2f} GB/s, disk {run.disk.best / 1e9:.2f} GB/s; prefill {prefill}; "
         f"peak {format_size(run.seen.peak_resident_bytes)} "
         f"(group {format_size(run.seen.peak_group_bytes or 0)}); load {run.load_seconds:.0f} s"
     )
 
 
-def rows_of(runs: dict[str, list[Run]], name: str) -> list[Row]:
-    """Compare ours with each peer; a side alone if nothing else ran."""
+def rows_of(runs: dict[str, list[Run]], name: str, disk: float) -> list[Row]:
+    """Compare ours with each peer; a side alone if nothing else ran. ``disk``: the most it showed."""
     ours = runs.get("ours", [])
     peers = {side: theirs for side, theirs in runs.items() if side != "ours" and theirs}
     if not peers:
-        return compare_sides(ours, None, [], name)
-    return [row for side, theirs in peers.items() for row in compare_sides(ours, side, theirs, name)]
+        return compare_sides(ours, None, [], name, disk)
+    return [row for side, theirs in peers.items() for row in compare_sides(ours, side, theirs, name, disk)]
 
 
-def compare_sides(ours: list[Run], side: str | None, theirs: list[Run], name: str) -> list[Row]:
+def compare_sides(ours: list[Run], side: str | None, theirs: list[Run], name: str, disk: float) -> list[Row]:
     """Return every row of ours beside one peer."""
 
     def row(
@@ -140,13 +140,15 @@ def compare_sides(ours: list[Run], side: str | None, theirs: list[Run], name: st
         )
 
     rows = [
-        row("decode", "tokens/s", lambda run: run.decode_speed, True, [run.decode_share for run in ours]),
+        row(
+            "decode", "tokens/s", lambda run: run.decode_speed, True, [run.decode_rate / disk for run in ours]
+        ),
         row("decode", "bytes read per token", lambda run: run.decode_bytes, False),
         row("whole life", "peak resident bytes", lambda run: run.seen.peak_resident_bytes, False),
         row("load", "seconds", lambda run: run.load_seconds, False),
     ]
     for length in (ours or theirs)[0].prefill:
-        shares = [run.prefill_share(length) for run in ours]
+        shares = [run.prefill_rate(length) / disk for run in ours]
         rows.append(
             row(f"prefill {length}", "tokens/s", lambda run, n=length: run.prefill_speed(n), True, shares)
         )
@@ -179,12 +181,12 @@ def main() -> None:
                 runs[side].append(run)
     if not any(runs.values()):
         sys.exit("no side came to a result")
-    rows = rows_of(runs, f"{SPEC} bf16, {format_size(args.memory)}")
-    disks = [run.disk.mean for done in runs.values() for run in done]
+    disk = max(run.disk.best for done in runs.values() for run in done)
+    rows = rows_of(runs, f"{SPEC} bf16, {format_size(args.memory)}", disk)
     if args.out is not None:
         machine = {
             "threads": args.threads,
-            "disk_bytes_per_s": statistics.median(disks),
+            "disk_bytes_per_s": disk,
             "disk_read_bytes": EXPERT_BYTES,
             "peer_read_ahead_kib": args.read_ahead,
         }

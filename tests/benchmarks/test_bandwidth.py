@@ -1,11 +1,13 @@
 import os
+import random
 import threading
 
 import pytest
 
 from gangline.core.errors import UsageError
-from gangline.runtime import bandwidth
+from gangline.runtime import bandwidth, best_bandwidth
 from gangline.runtime.bandwidth import measure_disk, measure_ram
+from gangline.runtime.best_bandwidth import DiskPeak, Way, best_disk, ways_to_read
 
 
 @pytest.fixture
@@ -94,3 +96,70 @@ def test_bad_arguments_are_named(data, tmp_path):
 def test_ram_uses_one_block_per_thread(monkeypatch):
     monkeypatch.setattr(bandwidth, "RAM_BLOCK_BYTES", bandwidth.MIB)
     assert measure_ram(2, seconds=0.05) > 0
+
+
+def test_records_are_read_in_chunks_one_after_another(data, reads):
+    size, chunk = 3 * 4096, 2 * 4096
+    measure_disk(data, size=size, chunk=chunk, depth=1, seconds=0.05)
+    places = [(place, length) for place, length, _ in reads]
+    for first, second in zip(places[::2], places[1::2], strict=False):
+        assert first[0] % size == 0
+        assert (first[1], second) == (chunk, (first[0] + chunk, size - chunk))
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """Replace the disk by a list of rates; return what was asked of it."""
+    asked = []
+
+    def play(rates):
+        remaining = iter(rates)
+
+        def measure(file, *, size, chunk, depth, seconds, direct):
+            asked.append((file, Way(chunk, depth, direct)))
+            return next(remaining)
+
+        monkeypatch.setattr(best_bandwidth, "measure_disk", measure)
+        monkeypatch.setattr(best_bandwidth, "_delivered", lambda: None)
+        return asked
+
+    return play
+
+
+def test_the_bound_is_the_best_of_interleaved_windows(tmp_path, windows):
+    record = 12 * bandwidth.MIB
+    ways = ways_to_read(record)
+    rates = [float(n) for n in range(1, 2 * len(ways) + 1)]
+    random.shuffle(rates)
+    asked = windows(rates)
+    peak = best_disk([tmp_path / "a", tmp_path / "b"], record, rounds=2)
+    assert [way for _, way in asked] == ways * 2
+    assert peak == DiskPeak(max(rates), str(ways[rates.index(max(rates)) % len(ways)]), len(rates))
+    assert {way.direct for way in ways} == {True, False}
+
+
+def test_small_records_are_not_read_the_same_way_twice(tmp_path, windows):
+    ways = ways_to_read(4096)
+    assert len(ways) == len(set(ways)) < len(ways_to_read(12 * bandwidth.MIB))
+    assert all(way.chunk == 4096 for way in ways)
+
+
+def test_pages_in_memory_are_not_the_disks_speed(data):
+    if best_bandwidth._delivered() is None:
+        pytest.skip("this system does not count what the disk delivers")
+    data.read_bytes()
+    rate = best_bandwidth._at_most_delivered(lambda: 1e15)
+    assert rate < 1e12
+
+
+def test_best_of_real_windows(data):
+    peak = best_disk([data], bandwidth.MIB, rounds=1, window=0.02)
+    assert peak.rate > 0
+    assert "depth" in peak.way
+
+
+def test_memory_takes_the_best_window(monkeypatch):
+    rates = iter([3.0, 7.0, 5.0])
+    monkeypatch.setattr(bandwidth, "_rate", lambda *_: next(rates))
+    monkeypatch.setattr(bandwidth, "RAM_BLOCK_BYTES", 4096)
+    assert measure_ram(1, seconds=0.01, windows=3) == 7.0

@@ -1,44 +1,35 @@
-"""The physical limits, measured right before and right after a run and averaged: they move from minute to
-minute."""
+"""The physical limits right before and right after a run: the most that the machine showed around it."""
 
-import random
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from gangline.runtime.bandwidth import measure_disk, measure_ram
+from gangline.runtime import best_bandwidth
 
 T = TypeVar("T")
-DEPTHS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
 class Beside:
-    """Bandwidth before and after a run, in bytes/s."""
+    """Bandwidth before and after a run, in bytes/s; each the best of many short windows."""
 
     before: float
     after: float
 
     @property
-    def mean(self) -> float:
-        """The bandwidth to judge the run by."""
-        return statistics.fmean((self.before, self.after))
+    def best(self) -> float:
+        """The bandwidth to judge the run by: a limit is the most that was seen, not a mean."""
+        return max(self.before, self.after)
 
     def share(self, nbytes: float, seconds: float) -> float:
         """Share of this limit that moving ``nbytes`` in ``seconds`` reached."""
-        return nbytes / self.mean / seconds
+        return nbytes / self.best / seconds
 
 
-def best_disk(files: Sequence[Path], size: int, *, seconds: float = 3.0) -> float:
-    """Return the best bytes/s of reads of ``size`` bytes over queue depths 1, 2 and 4.
-
-    Each depth reads one of ``files`` drawn at random: a host that caches a virtual disk makes a file that was
-    just read look faster than the disk is.
-    """
-    share = seconds / len(DEPTHS)
-    return max(measure_disk(random.choice(files), size=size, depth=depth, seconds=share) for depth in DEPTHS)
+def best_disk(files: Sequence[Path], size: int) -> float:
+    """Return the best bytes/s of reading records of ``size`` bytes (see ``runtime.best_bandwidth``)."""
+    return best_bandwidth.best_disk(files, size).rate
 
 
 def beside_disk(files: Sequence[Path], size: int, run: Callable[[], T]) -> tuple[T, Beside]:
@@ -48,7 +39,7 @@ def beside_disk(files: Sequence[Path], size: int, run: Callable[[], T]) -> tuple
 
 def beside_ram(threads: int, run: Callable[[], T]) -> tuple[T, Beside]:
     """Return what ``run`` returns, and the memory's bandwidth around it."""
-    return _beside(lambda: measure_ram(threads), run)
+    return _beside(lambda: best_bandwidth.best_ram(threads), run)
 
 
 def _beside(measure: Callable[[], float], run: Callable[[], T]) -> tuple[T, Beside]:

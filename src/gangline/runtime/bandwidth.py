@@ -30,9 +30,15 @@ RAM_BLOCK_BYTES = 256 * MIB
 
 
 def measure_disk(
-    path: Path, *, size: int = 12 * MIB, depth: int = 2, seconds: float = 1.5, direct: bool = True
+    path: Path,
+    *,
+    size: int = 12 * MIB,
+    chunk: int | None = None,
+    depth: int = 2,
+    seconds: float = 1.5,
+    direct: bool = True,
 ) -> float:
-    """Return bytes/s of reads of ``size`` bytes at random places of a file, ``depth`` of them in flight.
+    """Return bytes/s of reading records at random places of a file, ``depth`` reads in flight.
 
     The reads go around the page cache (O_DIRECT). On a file system without O_DIRECT the file's pages are
     dropped from the cache first instead, and a warning says so.
@@ -40,7 +46,8 @@ def measure_disk(
     Args:
         path: a file to read, or a folder: its largest file is read if it has at least 1 GiB, else a
             scratch file of 1 GiB is written there and removed.
-        size: bytes of one read, rounded up to 4 KiB; an expert's size gives an expert's bandwidth.
+        size: bytes of a record, rounded up to 4 KiB; an expert's size gives an expert's bandwidth.
+        chunk: bytes of one read, rounded likewise; None reads a record at once.
         depth: reads in flight (one thread each).
         seconds: how long to read.
         direct: around the page cache; else through it, each read's pages dropped again at once.
@@ -50,9 +57,10 @@ def measure_disk(
     """
     if depth < 1:
         raise UsageError(f"queue depth {depth} is not above zero; give for example 2")
-    size = -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
+    size = _aligned(size)
+    chunk = min(size, _aligned(chunk or size))
     with _file_to_read(Path(path), size) as file, _opened(file, direct) as fd:
-        return _read_for(fd, _places(file, size), size, depth, seconds, direct)
+        return _read_for(fd, _places(file, size, chunk), chunk, depth, seconds, direct)
 
 
 @contextmanager
@@ -70,10 +78,15 @@ def scratch_file(folder: Path, nbytes: int = SCRATCH_BYTES) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
-def measure_ram(threads: int, *, seconds: float = 1.0) -> float:
+def measure_ram(threads: int, *, seconds: float = 1.0, windows: int = 1) -> float:
     """Return bytes/s at which ``threads`` threads together read memory far larger than the caches.
 
     Each thread sums its own 256 MiB of int64 over and over: one addition per 8 bytes, so memory limits it.
+
+    Args:
+        threads: how many read at once.
+        seconds: length of a window.
+        windows: how many to measure; the best counts.
 
     Raises:
         UsageError: ``threads`` is not above zero.
@@ -86,7 +99,7 @@ def measure_ram(threads: int, *, seconds: float = 1.0) -> float:
     def one_pass(thread: int) -> int:
         return blocks[thread].nbytes if blocks[thread].sum() else 0
 
-    return _rate(one_pass, threads, seconds)
+    return max(_rate(one_pass, threads, seconds) for _ in range(windows))
 
 
 def _rate(step: Callable[[int], int], threads: int, seconds: float) -> float:
@@ -107,19 +120,22 @@ def _rate(step: Callable[[int], int], threads: int, seconds: float) -> float:
     return sum(done) / (time.perf_counter() - min(began))
 
 
-def _read_for(fd: int, places: Iterator[int], size: int, depth: int, seconds: float, direct: bool) -> float:
+def _read_for(
+    fd: int, places: Iterator[tuple[int, int]], chunk: int, depth: int, seconds: float, direct: bool
+) -> float:
     # Anonymous maps start on a page, as O_DIRECT wants its buffers; writing makes the pages real beforehand.
-    buffers = [mmap.mmap(-1, size) for _ in range(depth)]
+    buffers = [mmap.mmap(-1, chunk) for _ in range(depth)]
     for buffer in buffers:
-        buffer.write(b"\0" * size)
+        buffer.write(b"\0" * chunk)
     lock = threading.Lock()
 
     def one_read(thread: int) -> int:
         with lock:
-            place = next(places)
-        done = os.preadv(fd, [buffers[thread]], place)
+            place, length = next(places)
+        with memoryview(buffers[thread]) as view, view[:length] as wanted:
+            done = os.preadv(fd, [wanted], place)
         if not direct:
-            _drop_pages(fd, place, size)
+            _drop_pages(fd, place, length)
         return done
 
     try:
@@ -129,13 +145,18 @@ def _read_for(fd: int, places: Iterator[int], size: int, depth: int, seconds: fl
             buffer.close()
 
 
-def _places(file: Path, size: int) -> Iterator[int]:
-    """Yield the places of whole reads in a random order without repeats, then again in a new order."""
-    slots = list(range(file.stat().st_size // size))
+def _places(file: Path, size: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """Yield place and length of every read, record after record, in a new random order each time round."""
+    records = list(range(file.stat().st_size // size))
     while True:
-        random.shuffle(slots)
-        for slot in slots:
-            yield slot * size
+        random.shuffle(records)
+        for record in records:
+            for start in range(0, size, chunk):
+                yield record * size + start, min(chunk, size - start)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-max(nbytes, 1) // ALIGNMENT) * ALIGNMENT
 
 
 @contextmanager
