@@ -1,0 +1,43 @@
+// Attention of one token to a stretch of cached keys and values.
+//
+// A cache row is cut into chunks of a fixed number of positions, counted from the first that the token sees. Chunks are
+// computed apart and merged in ascending order, so that a result depends neither on the number of threads nor on padding.
+#pragma once
+
+#include "matrix.hpp"
+
+namespace gangline {
+
+constexpr int kAttentionChunk = 256;
+
+// The query heads of one group against one chunk of the cache of their key/value head.
+struct AttentionChunk {
+    const float* q = nullptr;      // [group, head_dim], rotated
+    const void* keys = nullptr;    // [positions, head_dim], the chunk's first position
+    const void* values = nullptr;  // the same
+    Format format = Format::f32;   // f32, f16 or bf16
+    int group = 0;
+    int head_dim = 0;
+    int positions = 0;             // at most kAttentionChunk
+    float scaling = 1.0f;
+    float* scores = nullptr;       // scratch [group, kAttentionChunk]
+    float* rows = nullptr;         // scratch [4, head_dim]
+    // Results: of the chunk alone, to be merged.
+    float* acc = nullptr;          // [group, head_dim]: sum of exp(score - max) * value
+    float* max = nullptr;          // [group]
+    float* sum = nullptr;          // [group]: sum of exp(score - max)
+};
+
+struct AttentionKernels {
+    void (*attend)(const AttentionChunk& chunk);
+};
+
+const AttentionKernels* scalar_attention();
+const AttentionKernels* avx2_attention();
+const AttentionKernels* avx512_attention();
+const AttentionKernels* neon_attention();
+
+// The version that belongs to kernels().
+const AttentionKernels& attention_kernels();
+
+}  // namespace gangline

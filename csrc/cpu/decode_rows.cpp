@@ -1,0 +1,105 @@
+#include "decode_rows.hpp"
+
+#include <algorithm>
+
+#include "kernels.hpp"
+#include "threads.hpp"
+
+namespace gangline {
+namespace {
+
+constexpr int row_block = 16;
+
+void finish(const Product& p, int begin, int end) {
+    for (int t = 0; t < p.x->rows(); ++t) {
+        float* y = p.y + t * p.y_stride;
+        if (const float* bias = p.linear->bias)
+            for (int r = begin; r < end; ++r) y[r] += bias[r];
+        if (p.residual == nullptr) continue;
+        float* out = p.residual + t * p.y_stride;
+        for (int r = begin; r < end; ++r) out[r] += y[r];
+    }
+}
+
+}  // namespace
+
+void ActivationRows::set_columns(int columns) {
+    columns_ = columns;
+    stride_ = (columns + row_block - 1) / row_block * row_block;
+}
+
+void ActivationRows::add_reader(const Matrix& w) {
+    if (!needs_int8_activations(w.format)) return;
+    const int group = activation_group(w);
+    for (const Form& form : forms_)
+        if (form.group == group) return;
+    Form form;
+    form.group = group;
+    form.padded = (columns_ + group - 1) / group * group;
+    forms_.push_back(std::move(form));
+}
+
+void ActivationRows::set_rows(int rows) {
+    rows_ = rows;
+    x_.want(static_cast<std::size_t>(rows * stride_));
+    for (Form& form : forms_) {
+        form.q.resize(static_cast<std::size_t>(rows) * static_cast<std::size_t>(form.padded));
+        form.scale.resize(form.q.size() / static_cast<std::size_t>(form.group));
+        form.sum.resize(form.scale.size());
+    }
+}
+
+void ActivationRows::quantize(int t, int block_index) {
+    const int begin = block_index * block;
+    const int count = std::min(block, columns_ - begin);
+    for (Form& form : forms_) {
+        const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(t) * form.padded + begin;
+        const std::ptrdiff_t group_at = at / form.group;
+        kernels().quantize_rows(row(t) + begin, stride_, 1, count, form.group, std::min(block, form.padded - begin),
+                                form.q.data() + at, form.scale.data() + group_at, form.sum.data() + group_at);
+    }
+}
+
+void ActivationRows::quantize(Team team) {
+    if (forms_.empty()) return;
+    const Range mine = share(rows_ * blocks(), 1, team.worker, team.workers);
+    for (int i = mine.begin; i < mine.end; ++i) quantize(i / blocks(), i % blocks());
+}
+
+Activations ActivationRows::as(const Matrix& w) const {
+    Activations a;
+    a.x = x_.data();
+    a.stride = stride_;
+    a.tokens = rows_;
+    a.cols = columns_;
+    if (!needs_int8_activations(w.format)) return a;
+    for (const Form& form : forms_) {
+        if (form.group != activation_group(w)) continue;
+        a.group = form.group;
+        a.padded = form.padded;
+        a.q = form.q.data();
+        a.scale = form.scale.data();
+        a.sum = form.sum.data();
+    }
+    return a;
+}
+
+void multiply(const Product* products, int count, Team team) {
+    const auto blocks = [](const Product& p) { return (p.linear->matrix.rows + row_block - 1) / row_block; };
+    int total = 0;
+    for (int i = 0; i < count; ++i) total += blocks(products[i]);
+    const Range mine = share(total, 1, team.worker, team.workers);
+    int first = 0;  // block number of the product's first row
+    for (int i = 0; i < count; ++i) {
+        const Product& p = products[i];
+        const Matrix& w = p.linear->matrix;
+        const int begin = std::max(mine.begin - first, 0) * row_block;
+        const int end = std::min(std::min(mine.end - first, blocks(p)) * row_block, w.rows);
+        first += blocks(p);
+        if (begin >= end) continue;
+        kernels().matmul[static_cast<int>(w.format)](w, begin, end, p.x->as(w), p.y, p.y_stride);
+        finish(p, begin, end);
+    }
+}
+
+}  // namespace gangline

@@ -1,0 +1,147 @@
+// One decode step of the common skeleton of a MoE transformer: one new token for each of B sequences.
+//
+//   x = embedding row
+//   each layer: x += o(attention(norm(x))); x += experts(norm(x)) + shared(norm(x))  [or a dense network]
+//   logits = head(norm(x))
+//
+// Arithmetic is fp32; keys and values are rounded to the model's number format as they enter the cache. The experts are
+// computed by somebody else between front() and back(), or by the step itself in step_all().
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "attention.hpp"
+#include "decode_rows.hpp"
+#include "gates.hpp"
+#include "norm.hpp"
+#include "routing.hpp"
+
+namespace gangline {
+
+struct AttentionSpec {
+    Linear q, k, v, o;
+    int heads = 0, kv_heads = 0, head_dim = 0;
+    float scaling = 1.0f;
+    int window = 0;  // positions seen, the token itself included; 0: all
+    std::optional<Norm> q_norm, k_norm;  // over a head, or over all heads together, by their size
+    float clip = std::numeric_limits<float>::infinity();  // of queries, keys and values
+    const float* sinks = nullptr;        // [heads], logits that take part in the softmax only
+};
+
+struct MlpSpec {
+    Linear gate, up, down;
+    Gate activation;
+};
+
+struct DecoderLayer {
+    Norm attention_norm;
+    AttentionSpec attention;
+    Norm mlp_norm;
+    std::optional<Linear> router;      // none: a dense layer
+    RouterRule rule;
+    std::optional<MlpSpec> mlp;        // the dense network, or the shared expert of a MoE layer
+    std::optional<Linear> shared_gate;  // one row: the shared expert is scaled by the sigmoid of its product
+};
+
+struct DecoderSpec {
+    int hidden = 0;
+    int vocabulary = 0;
+    const void* embedding = nullptr;  // [vocabulary, hidden]
+    Format numbers = Format::f32;     // of the embedding, the cache and the logits: the model's number format
+    Norm final_norm;
+    Linear head;
+    std::vector<float> inverse_frequencies;  // [rotated dimensions / 2]
+    float rope_scaling = 1.0f;               // of cosines and sines
+    std::vector<DecoderLayer> layers;
+};
+
+// Keys and values of one layer: [rows, kv_heads, capacity, head_dim] each.
+struct CacheRows {
+    std::uint16_t* keys = nullptr;  // or float*, by DecoderSpec::numbers
+    std::uint16_t* values = nullptr;
+    std::int64_t capacity = 0;
+};
+
+// What one step reads and writes; pointers stay the caller's. L counts MoE layers here.
+struct Step {
+    int rows = 0;
+    const std::int64_t* tokens = nullptr;     // [rows]
+    const std::int64_t* positions = nullptr;  // [rows], for the rotary embedding
+    const std::int64_t* first = nullptr;      // [rows], first cache position that the row sees: padding lies before it
+    int length = 0;                           // positions in the cache before this step
+    std::vector<CacheRows> cache;             // one for each layer
+    float* moe_input = nullptr;               // [rows, hidden]
+    std::int64_t* ids = nullptr;              // [L, rows, k], layer after layer
+    float* weights = nullptr;                 // [L, rows, k]
+    void* logits = nullptr;                   // [rows, vocabulary] in DecoderSpec::numbers
+};
+
+class Decoder {
+public:
+    explicit Decoder(DecoderSpec spec);
+    Decoder(const Decoder&) = delete;
+    Decoder& operator=(const Decoder&) = delete;
+
+    const DecoderSpec& spec() const { return spec_; }
+    // The residual stream [rows, hidden], rows `stride` floats apart.
+    float* hidden() const { return x_.data(); }
+    std::ptrdiff_t hidden_stride() const { return x_.stride(); }
+
+    // Takes the step's pointers and looks the tokens up. Throws std::out_of_range for a token that is none.
+    void begin(const Step& step);
+    // Attention of a layer, its router and shared expert; a dense layer as a whole.
+    void front(int layer);
+    // Adds the experts' output [rows, hidden] of a MoE layer.
+    void back(int layer, const float* moe_output);
+    void head();
+
+private:
+    // How the visible part of the cache is cut for layers with one window.
+    struct Cut {
+        int window = 0;
+        std::vector<int> begin;   // [rows] first visible position
+        std::vector<int> chunks;  // [rows]
+        std::vector<int> before;  // [rows] chunks of the rows before
+        int total = 0;
+    };
+    // One chunk of one sequence and key/value head.
+    struct Piece {
+        int row = 0, head = 0, begin = 0, end = 0;
+        bool newest = false;  // holds the token's own position
+    };
+
+    void count_routed();
+    void make_buffers();
+    void cut_cache();
+    void find_angles();
+    Piece piece_at(const Cut& cut, int kv_heads, int index) const;
+
+    // Parts of a layer; every worker runs them, and they meet at barriers.
+    void normalise(const Norm& norm, Team team);
+    void attention(int layer, Team team);
+    void attend(int layer, Team team);
+    void attend_piece(int layer, const Piece& piece, int index, float* room);
+    void prepare_head(const AttentionSpec& a, const std::optional<Norm>& norm, const float* whole, int width, int head,
+                      int row, float* out) const;
+    void store_new(int layer, const Piece& piece, float* room) const;
+    void merge(int layer, Team team);
+    void network(int layer, Team team);
+    void choose(int layer, Team team);
+    void front(int layer, Team team);
+
+    DecoderSpec spec_;
+    Step step_;
+    std::vector<std::ptrdiff_t> routed_before_;  // for each layer: k of the MoE layers before it, added up
+    std::vector<int> cut_of_layer_;
+    std::vector<Cut> cuts_;
+
+    ActivationRows x_, normed_, attended_, acted_;
+    Buffer<float> qkv_, projected_, gate_up_, shared_, shared_gate_, logits_, router_, scratch_;
+    Buffer<float> partial_, partial_max_, partial_sum_;
+    std::vector<float> cosine_, sine_;  // [rows, rotated / 2]
+};
+
+}  // namespace gangline
