@@ -1,7 +1,40 @@
+// Compiled for AVX-512 F, BW, DQ, VL; entered only where the processor has them.
+
 #include "kernels.hpp"
+
+#if defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+
+#include "float_rows.inl.hpp"
+#include "quantize_rows.inl.hpp"
+#include "row_ops.inl.hpp"
+#include "tile_rows.inl.hpp"
+#include "tile_avx512.hpp"
+
+namespace gangline {
+namespace {
+
+constexpr Kernels table = {
+    "avx512",
+    {float_matmul<F32Weights>, float_matmul<F16Weights>, float_matmul<Bf16Weights>,
+     matmul_tiles<Avx512, Format::tile_int2>, matmul_tiles<Avx512, Format::tile_int3>, matmul_tiles<Avx512, Format::tile_int4>,
+     matmul_tiles<Avx512, Format::tile_int8>, matmul_tiles<Avx512, Format::tile_mxfp4>,
+     nullptr, nullptr, nullptr},
+    quantize_rows<Avx512>,
+    row_ops,
+};
+
+}  // namespace
+
+const Kernels* avx512_kernels() { return &table; }
+
+}  // namespace gangline
+
+#else
 
 namespace gangline {
 
 const Kernels* avx512_kernels() { return nullptr; }
 
 }  // namespace gangline
+
+#endif

@@ -1,0 +1,228 @@
+// y = x W^T for tiled weights and int8 activations, written once for all vector instruction sets. The including file gives a
+// set `S` (see tile_*.hpp); everything here has internal linkage, so that no wide code leaves its translation unit.
+//
+// Legend: R row blocks of 16 and T tokens are computed together; S::vectors vectors hold the 16 rows of a block.
+#pragma once
+
+#include <type_traits>
+
+#include "tile_layout.hpp"
+
+#if defined(__GNUC__) || defined(__clang__)
+#define GANGLINE_INLINE inline __attribute__((always_inline))
+#define GANGLINE_INLINE_LAMBDA __attribute__((always_inline))
+#define GANGLINE_APART __attribute__((noinline))
+#else
+#define GANGLINE_INLINE inline
+#define GANGLINE_INLINE_LAMBDA
+#define GANGLINE_APART
+#endif
+
+namespace gangline {
+namespace {
+
+// Calls body(0), ..., body(N - 1) with compile-time numbers: shifts and flushes depend on them.
+template <int N, class Body>
+GANGLINE_INLINE void unrolled(Body&& body) {
+    if constexpr (N > 0) {
+        unrolled<N - 1>(body);
+        body(std::integral_constant<int, N - 1>{});
+    }
+}
+
+// How many products of code pairs (each at most 2 * largest code * 127) fit in 16 bits before they must be widened.
+constexpr int products_in_16_bits(Format format) {
+    switch (format) {
+        case Format::tile_int8: return 1;
+        case Format::tile_mxfp4: return 4;
+        default: return 8;
+    }
+}
+
+// Where the codes of one step (32 columns of a group) lie. `high` is for int3 only.
+struct Step {
+    const std::uint8_t* codes;
+    const std::uint8_t* high;
+};
+
+template <Format F>
+GANGLINE_INLINE Step step_of(const std::uint8_t* group_codes, int group, int step) {
+    const std::ptrdiff_t bytes = std::ptrdiff_t{step_columns} * tile_rows * (F == Format::tile_int3 ? 2 : code_bits(F)) / 8;
+    return {group_codes + step * bytes, group_codes + std::ptrdiff_t{group} * tile_rows / 4 + std::ptrdiff_t{step} * quad_bytes};
+}
+
+// Quad I of a step: one byte a code, for vector `v` of the row block.
+template <class S, Format F, int I>
+GANGLINE_INLINE typename S::Bytes unpack(const Step& at, int v) {
+    constexpr int bytes = quad_bytes / S::vectors;
+    if constexpr (F == Format::tile_int8) {
+        return S::load(at.codes + I * quad_bytes + v * bytes);
+    } else if constexpr (F == Format::tile_int2 || F == Format::tile_int3) {
+        const auto packed = S::load(at.codes + I / 4 * quad_bytes + v * bytes);
+        const auto low = S::bit_and(S::template shift_right<2 * (I % 4)>(packed), S::splat(3));
+        if constexpr (F == Format::tile_int2) {
+            return low;
+        } else {
+            const auto high = S::template shift_right<I - 2>(S::load(at.high + v * bytes));
+            return S::bit_or(low, S::bit_and(high, S::splat(4)));
+        }
+    } else {
+        const auto packed = S::load(at.codes + I / 2 * quad_bytes + v * bytes);
+        const auto code = S::bit_and(S::template shift_right<4 * (I % 2)>(packed), S::splat(15));
+        if constexpr (F == Format::tile_mxfp4) {
+            return S::doubled_e2m1(code);
+        } else {
+            return code;
+        }
+    }
+}
+
+// Integer dot products of one group, without the zero points, added to `dot`.
+template <class S, Format F, int R, int T>
+GANGLINE_INLINE void dot_group(const std::uint8_t* const (&codes)[R], int group, const std::int8_t* q,
+                               std::ptrdiff_t q_stride, typename S::Ints (&dot)[T][R][S::vectors]) {
+    constexpr int V = S::vectors;
+    constexpr int flush = products_in_16_bits(F);
+    for (int step = 0; step < group / step_columns; ++step) {
+        typename S::Partial partial[T][R][V];
+        Step at[R];
+        for (int r = 0; r < R; ++r) at[r] = step_of<F>(codes[r], group, step);
+        const std::int8_t* x = q + step * step_columns;
+        unrolled<step_quads>([&](auto index) GANGLINE_INLINE_LAMBDA {
+            constexpr int i = decltype(index)::value;
+            typename S::template Weights<F> w[R][V];
+            for (int r = 0; r < R; ++r)
+                for (int v = 0; v < V; ++v) w[r][v] = S::template prepare<F>(unpack<S, F, i>(at[r], v));
+            for (int t = 0; t < T; ++t) {
+                const auto four = S::broadcast4(x + t * q_stride + quad_columns * i);
+                for (int r = 0; r < R; ++r)
+                    for (int v = 0; v < V; ++v)
+                        S::template add_products<i % flush == 0, i % flush == flush - 1>(dot[t][r][v], partial[t][r][v],
+                                                                                        w[r][v], four);
+            }
+        });
+    }
+}
+
+// A set that must see int8 codes as signed numbers has taken 128 from each.
+template <class S, Format F>
+constexpr int zero_shift() {
+    return F == Format::tile_int8 && S::signed_bytes ? 128 : 0;
+}
+
+// Starts every dot product at -zero * sum of the activations.
+template <class S, Format F, int R, int T>
+GANGLINE_INLINE void start_group(const std::uint8_t* const (&zeros)[R], bool has_zeros, const std::int32_t* sum,
+                                 std::ptrdiff_t groups, typename S::Ints (&dot)[T][R][S::vectors]) {
+    constexpr int V = S::vectors;
+    for (int t = 0; t < T; ++t) {
+        if (F != Format::tile_mxfp4 && has_zeros) {
+            const auto negative = S::ints(-sum[t * groups]);
+            for (int r = 0; r < R; ++r)
+                for (int v = 0; v < V; ++v)
+                    dot[t][r][v] = S::multiply(S::load_zeros(zeros[r] + v * (tile_rows / V), zero_shift<S, F>()), negative);
+        } else {
+            const auto start = S::ints(-(code_zero(F) - zero_shift<S, F>()) * sum[t * groups]);
+            for (int r = 0; r < R; ++r)
+                for (int v = 0; v < V; ++v) dot[t][r][v] = start;
+        }
+    }
+}
+
+template <class S, int V>
+GANGLINE_INLINE void store_rows(float* y, const typename S::Floats (&acc)[V], int rows) {
+    constexpr int lanes = tile_rows / V;
+    if (rows == tile_rows) {
+        for (int v = 0; v < V; ++v) S::store(y + v * lanes, acc[v]);
+        return;
+    }
+    float part[tile_rows];
+    for (int v = 0; v < V; ++v) S::store(part + v * lanes, acc[v]);
+    for (int r = 0; r < rows; ++r) y[r] = part[r];
+}
+
+// R row blocks from `block` on times T tokens from `token` on. The last block has `last_rows` rows.
+// A function of its own: inlined, the many copies would share and spill registers.
+template <class S, Format F, int R, int T>
+GANGLINE_APART void multiply_block(const Matrix& w, const TileLayout& tile, const std::uint8_t* block, const Activations& x, int token,
+                    float* y, std::ptrdiff_t y_stride, int last_rows) {
+    constexpr int V = S::vectors;
+    constexpr int lanes = tile_rows / V;
+    typename S::Floats acc[T][R][V];
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) acc[t][r][v] = S::zero_floats();
+    const std::ptrdiff_t groups = tile.groups;
+    const std::int8_t* q = x.q + std::ptrdiff_t{token} * x.padded;
+    const float* scale = x.scale + token * groups;
+    const std::int32_t* sum = x.sum + token * groups;
+    for (std::ptrdiff_t g = 0; g < groups; ++g) {
+        const std::uint8_t *codes[R], *zeros[R];
+        for (int r = 0; r < R; ++r) {
+            const std::uint8_t* begin = block + static_cast<std::size_t>(r) * tile.block_bytes;
+            codes[r] = begin + tile.codes_begin + static_cast<std::size_t>(g) * tile.group_bytes;
+            zeros[r] = begin + tile.zeros_begin + g * tile_rows;
+        }
+        typename S::Ints dot[T][R][V];
+        start_group<S, F, R, T>(zeros, w.has_zeros, sum + g, groups, dot);
+        dot_group<S, F, R, T>(codes, w.group, q + g * w.group, x.padded, dot);
+        for (int r = 0; r < R; ++r) {
+            for (int v = 0; v < V; ++v) {
+                const std::uint8_t* begin = block + static_cast<std::size_t>(r) * tile.block_bytes;
+                const auto factor = S::template load_scales<F>(begin, static_cast<int>(g) * tile_rows + v * lanes);
+                for (int t = 0; t < T; ++t) {
+                    const auto scaled = S::times(factor, S::to_floats(dot[t][r][v]));
+                    acc[t][r][v] = S::fused(scaled, S::floats(scale[t * groups + g]), acc[t][r][v]);
+                }
+            }
+        }
+    }
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < R; ++r)
+            store_rows<S, V>(y + (token + t) * y_stride + r * tile_rows, acc[t][r], r == R - 1 ? last_rows : tile_rows);
+}
+
+// All tokens in [begin, end), the widest register blocks first.
+template <class S, Format F, int R, int T>
+GANGLINE_INLINE int multiply_tokens(const Matrix& w, const TileLayout& tile, const std::uint8_t* block, const Activations& x,
+                                    int begin, int end, float* y, std::ptrdiff_t y_stride, int last_rows) {
+    for (; begin + T <= end; begin += T) multiply_block<S, F, R, T>(w, tile, block, x, begin, y, y_stride, last_rows);
+    if constexpr (T > 1) {
+        return multiply_tokens<S, F, R, (T > 4 ? 4 : T > 2 ? 2 : 1)>(w, tile, block, x, begin, end, y, y_stride, last_rows);
+    }
+    return begin;
+}
+
+// Tokens whose activations stay in the second-level cache while all row blocks pass by.
+inline int tokens_in_cache(int padded) {
+    constexpr int bytes = 256 * 1024;
+    const int tokens = bytes / padded;
+    return tokens < 48 ? 48 : tokens / 48 * 48;
+}
+
+template <class S, Format F>
+void matmul_tiles(const Matrix& w, int row_begin, int row_end, const Activations& x, float* y, std::ptrdiff_t y_stride) {
+    constexpr int R = S::row_blocks;
+    constexpr int T = S::tokens;
+    const TileLayout tile = TileLayout::of(w);
+    const int batch = tokens_in_cache(x.padded);
+    for (int begin = 0; begin < x.tokens; begin += batch) {
+        const int end = x.tokens - begin < batch ? x.tokens : begin + batch;
+        int row = row_begin;
+        while (row < row_end) {
+            const std::uint8_t* block = w.data + static_cast<std::size_t>(row / tile_rows) * tile.block_bytes;
+            const int left = row_end - row;
+            if (R > 1 && left > (R - 1) * tile_rows) {
+                const int last = left < R * tile_rows ? left - (R - 1) * tile_rows : tile_rows;
+                multiply_tokens<S, F, R, T>(w, tile, block, x, begin, end, y + row, y_stride, last);
+                row += R * tile_rows;
+            } else {
+                multiply_tokens<S, F, 1, T>(w, tile, block, x, begin, end, y + row, y_stride, left < tile_rows ? left : tile_rows);
+                row += tile_rows;
+            }
+        }
+    }
+}
+
+}  // namespace
+}  // namespace gangline
