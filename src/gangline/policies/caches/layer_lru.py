@@ -6,51 +6,35 @@ popularity: among the experts of one prompt chunk those with the most tokens sta
 decoding (the prefill statistics of DAOP, arXiv 2501.10375, and KTransformers, without their swap).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from gangline.core.events import RoutingEvent
 from gangline.core.keys import ExpertKey
-from gangline.policies.caches.protocol import CachePolicy
 from gangline.policies.caches.quotas import layer_quotas
+from gangline.policies.caches.ranked import Rank, TouchRankedCache
 
 
-class LayerLRU(CachePolicy):
+class LayerLRU(TouchRankedCache):
     """Least recently used within the layer that is furthest over its quota."""
 
-    exact = True
-
     def __init__(self, slots: int, top_k: Sequence[int], experts: Sequence[int]) -> None:
-        self.quotas = layer_quotas(slots, top_k, experts)
-        self._resident: list[set[int]] = [set() for _ in self.quotas]
-        self._last_use: list[dict[int, tuple[int, int]]] = [{} for _ in self.quotas]
+        super().__init__(layer_quotas(slots, top_k, experts))
+        self._last_use: dict[ExpertKey, tuple[int, int]] = {}
         self._step = 0
+
+    def rank(self, key: ExpertKey) -> Rank:
+        """Return ``(pass, tokens in it if it was a prompt)`` of the last use."""
+        return self._last_use[key]
 
     def on_event(self, event: RoutingEvent, hits: tuple[int, ...]) -> None:
         """Refresh the recency of every expert of the event; in a prompt popularity breaks the tie."""
         self._step = event.step
-        last = self._last_use[event.layer]
         for expert, count in zip(event.experts, event.counts, strict=True):
-            last[expert] = (event.step, count if event.phase == "prefill" else 0)
+            key = ExpertKey(event.layer, expert)
+            self._last_use[key] = (event.step, count if event.phase == "prefill" else 0)
+            self.touch(key)
 
     def admitted(self, key: ExpertKey) -> None:
         """Note a new resident; one that no event asked for yet counts as used just now."""
-        self._resident[key.layer].add(key.expert)
-        last = self._last_use[key.layer]
-        last[key.expert] = max(last.get(key.expert, (0, 0)), (self._step, 0))
-
-    def evicted(self, key: ExpertKey) -> None:
-        """Forget a resident."""
-        self._resident[key.layer].discard(key.expert)
-
-    def victim(self, layer: int, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
-        """Return the least recently used key of the layer furthest over its quota, counting the newcomer."""
-        excess = [len(resident) - quota for resident, quota in zip(self._resident, self.quotas, strict=True)]
-        excess[layer] += 1
-        over = sorted((i for i, e in enumerate(excess) if e > 0), key=lambda i: (-excess[i], i != layer))
-        for candidate in over:
-            last = self._last_use[candidate]
-            for expert in sorted(self._resident[candidate], key=lambda e: (last[e], e)):
-                key = ExpertKey(candidate, expert)
-                if evictable(key):
-                    return key
-        return None
+        self._last_use[key] = max(self._last_use.get(key, (0, 0)), (self._step, 0))
+        super().admitted(key)

@@ -52,12 +52,16 @@ class CachePolicy(Protocol):
 
     def on_forecast(self, forecasts: Sequence[Forecast]) -> None:
         """Note what predictors expect."""
+        return None
 
     def on_precision(self, event: RoutingEvent, chosen: Mapping[int, Precision]) -> None:
         """Note at which precision experts of ``event`` are used, where that is not HIGH for all."""
+        return None
 
     def on_request_start(self) -> None:
         """Note that a new sequence begins."""
+        return None
 
     def on_request_end(self) -> None:
         """Note that a sequence is complete."""
+        return None

@@ -41,3 +41,4 @@ class Predictor(Protocol):
 
     def end_request(self) -> None:
         """Note that a sequence is complete."""
+        return None

@@ -8,37 +8,7 @@ from gangline.core.events import RoutingEvent
 from gangline.core.keys import ExpertKey
 from gangline.policies.caches import LayerLRU, RandomEviction
 from gangline.policies.caches.quotas import layer_quotas
-
-
-def replay(policy, slots, events):
-    """Replay events atomically: hits are decided before any miss is admitted. Returns the hits."""
-    resident, hits = set(), 0
-    for event in events:
-        keys = [ExpertKey(event.layer, e) for e in event.experts]
-        present = {key for key in keys if key in resident}
-        hits += len(present)
-        policy.on_event(event, tuple(key.expert for key in present))
-        leased = set(keys)
-        for key in keys:
-            if key in resident:
-                continue
-            if len(resident) >= slots:
-                victim = policy.victim(key.layer, lambda k, leased=leased: k not in leased)
-                if victim is None:
-                    continue  # streams through: not kept
-                resident.remove(victim)
-                policy.evicted(victim)
-            resident.add(key)
-            policy.admitted(key)
-    return hits
-
-
-def steady(layers, ids, steps):
-    return [
-        RoutingEvent(step, layer, "decode", 1, tuple(ids), (1,) * len(ids))
-        for step in range(steps)
-        for layer in range(layers)
-    ]
+from policy_replay import replay, steady
 
 
 def test_flooding_with_a_pool_of_one_working_set():
