@@ -25,6 +25,7 @@ from gangline.models import (
     restore_expert_params,
     stored_fields,
 )
+from gangline.runtime.files import ALIGN
 from gangline.runtime.footprint import measure_footprint
 from gangline.runtime.load import run_from_store
 from gangline.runtime.opened import codec_of, largest_reads
@@ -95,7 +96,12 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
             drop_expert_params(block)
             dropped.append(block)
         footprint = measure_footprint(
-            model, model.dtype, view.geometry, catalog.layouts, tuple(largest_reads(catalog, 4096))
+            model,
+            model.dtype,
+            view.geometry,
+            catalog.layouts,
+            tuple(largest_reads(catalog, ALIGN)),
+            loaded=True,
         )
         request = plan_request(
             asked,

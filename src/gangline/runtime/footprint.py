@@ -1,5 +1,6 @@
 """What a model needs in memory besides its experts, from its configuration and a skeleton on ``meta``."""
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import nn
 
 from gangline.core.geometry import MoEGeometry
 from gangline.core.layout import ExpertLayout
+from gangline.runtime.embedding import lookup_table
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,8 @@ class Footprint:
 
     Attributes:
         dense: parameters and buffers that are no expert matrix; tied weights count once.
-        largest_dense: the largest of them, in memory twice for a moment while loading.
+        load_extra: what loading them holds besides, for a moment: what a conversion starts from.
+        table: bytes of an input embedding that stays in its file; 0 if it does not.
         row_params: dense parameters that multiply every row (no embedding, no output head).
         kv_per_token: keys and values of one token over all layers.
         row: activations of one row of a prefill chunk (attention, experts, residual stream).
@@ -30,7 +33,8 @@ class Footprint:
     """
 
     dense: int
-    largest_dense: int
+    load_extra: int
+    table: int
     row_params: int
     kv_per_token: int
     row: int
@@ -63,6 +67,8 @@ def measure_footprint(
     geometry: MoEGeometry,
     layouts: tuple[ExpertLayout, ...],
     slot_bytes: tuple[int, ...],
+    mapped: Container[str] = (),
+    loaded: bool = False,
 ) -> Footprint:
     """Add up a model whose expert matrices have been dropped (its other tensors may lie on ``meta``).
 
@@ -72,6 +78,8 @@ def measure_footprint(
         geometry: its MoE layers.
         layouts: how the experts of each layer will lie in their slots.
         slot_bytes: bytes of one slot for each layer.
+        mapped: names of parameters that need no conversion, so that they are used where the file has them.
+        loaded: whether the model is in memory already.
     """
     config = text_config(model.config)
     sizes = [tensor.numel() * _width(tensor, dtype) for tensor in _unique_tensors(model)]
@@ -82,7 +90,8 @@ def measure_footprint(
     decoded = max(layer.expert_params for layer in geometry.layers) * dtype.itemsize
     return Footprint(
         dense=sum(sizes),
-        largest_dense=max(sizes),
+        load_extra=0 if loaded else _load_extra(model, mapped),
+        table=_table(model, dtype, mapped),
         row_params=_row_params(model),
         kv_per_token=_kv_per_token(config, dtype),
         row=_row_bytes(config, geometry, dtype),
@@ -105,6 +114,18 @@ def _row_params(model: nn.Module) -> int:
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
     skipped = {id(p) for module in ends if module is not None for p in module.parameters()}
     return sum(p.numel() for p in model.parameters() if id(p) not in skipped)
+
+
+def _table(model: nn.Module, dtype: torch.dtype, mapped: Container[str]) -> int:
+    name = lookup_table(model)
+    if name is None or name not in mapped:
+        return 0
+    return model.get_parameter(name).numel() * dtype.itemsize
+
+
+def _load_extra(model: nn.Module, mapped: Container[str]) -> int:
+    """Converted weights are made beside what they are made from, which may be fp32."""
+    return 4 * sum(weight.numel() for name, weight in model.named_parameters() if name not in mapped)
 
 
 def _unique_tensors(model: nn.Module) -> list[torch.Tensor]:

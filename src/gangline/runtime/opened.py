@@ -54,6 +54,7 @@ class OpenedModel:
         source: its experts.
         folder: its folder, None for a model that is only known by its headers.
         gguf: the GGUF checkpoint, if it is one.
+        mapped: dense weights that are used as the file has them (see :func:`_mapped`).
     """
 
     name: str
@@ -65,6 +66,7 @@ class OpenedModel:
     source: ExpertSource
     folder: Path | None
     gguf: GGUFCheckpoint | None
+    mapped: frozenset[str] = frozenset()
 
     def layouts(self, codec: str | None) -> tuple[ExpertLayout, ...]:
         """Return how experts will lie in their slots at a precision."""
@@ -81,7 +83,9 @@ class OpenedModel:
             sizes = largest_reads(catalog, ALIGN)
         else:  # an expert pack: one aligned record an expert
             sizes = _level([_up(layout.nbytes, ALIGN) for layout in layouts])
-        return measure_footprint(self.skeleton, self.dtype, self.view.geometry, layouts, tuple(sizes))
+        return measure_footprint(
+            self.skeleton, self.dtype, self.view.geometry, layouts, tuple(sizes), self.mapped
+        )
 
     def load_dense(self) -> tuple[PreTrainedModel, MoEView]:
         """Load everything but the experts."""
@@ -131,7 +135,8 @@ def open_model(checkpoint: LocalCheckpoint | RemoteCheckpoint, dtype: torch.dtyp
     cls = model_class(config, checkpoint.name)
     skeleton, view = build_skeleton(cls, config, kind)
     source = resolve_index(index, where, skeleton, experts_modules(view), kind)
-    return OpenedModel(checkpoint.name, config, cls, kind, skeleton, view, source, folder, None)
+    mapped = _mapped(skeleton, index, kind)
+    return OpenedModel(checkpoint.name, config, cls, kind, skeleton, view, source, folder, None, mapped)
 
 
 def _open_gguf(checkpoint: LocalCheckpoint, dtype: torch.dtype | None) -> OpenedModel:
@@ -148,6 +153,18 @@ def _open_gguf(checkpoint: LocalCheckpoint, dtype: torch.dtype | None) -> Opened
 def _config_dtype(config: PreTrainedConfig) -> torch.dtype:
     found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return found if isinstance(found, torch.dtype) else torch.bfloat16
+
+
+def _mapped(skeleton: PreTrainedModel, index: SafetensorsIndex, dtype: torch.dtype) -> frozenset[str]:
+    """Return the dense weights that the file holds under the model's own name, in its shape and its dtype."""
+    stored = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}.get(dtype)
+    return frozenset(
+        name
+        for name, weight in skeleton.named_parameters()
+        if (entry := index.tensors.get(name)) is not None
+        and entry.dtype == stored
+        and entry.shape == tuple(weight.shape)
+    )
 
 
 def experts_modules(view: MoEView) -> list[ExpertsModule]:

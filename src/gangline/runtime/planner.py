@@ -5,6 +5,7 @@ from typing import Any
 
 from gangline.core.errors import BudgetError
 from gangline.core.sizes import format_size
+from gangline.runtime.embedding import RESIDENT_BYTES
 from gangline.runtime.footprint import Footprint
 
 MIB = 1 << 20
@@ -26,7 +27,8 @@ class MemoryPlan:
         rows: largest number of rows in one forward pass (a prompt is fed in chunks of this many tokens).
         process: resident bytes of Python and its libraries before the model.
         reserve: what the libraries will still allocate.
-        dense, load_peak: dense weights, and the extra that loading them needs for a moment.
+        dense, load_extra: dense weights, and what loading them holds besides for a moment.
+        in_file: the part of ``dense`` that stays in its file: an embedding of which only rows are read.
         kv, activations, kernel: key/value cache, one prefill chunk, one expert's scratch.
         row_bytes, logit_bytes: activations of one row, and the logits of one position.
         slots: for every slot size ``(slot bytes, count, layers)``.
@@ -44,7 +46,8 @@ class MemoryPlan:
     process: int
     reserve: int
     dense: int
-    load_peak: int
+    load_extra: int
+    in_file: int
     kv: int
     activations: int
     kernel: int
@@ -62,7 +65,8 @@ class MemoryPlan:
     @property
     def fixed(self) -> int:
         """Everything that is not an expert slot."""
-        return self.process + self.reserve + self.dense + self.kv + self.activations + self.kernel
+        weights = self.dense - self.in_file
+        return self.process + self.reserve + weights + self.kv + self.activations + self.kernel
 
     @property
     def slot_bytes(self) -> int:
@@ -72,7 +76,11 @@ class MemoryPlan:
     @property
     def peak(self) -> int:
         """Planned peak of the resident memory."""
-        return max(self.fixed + self.slot_bytes, self.process + self.dense + self.load_peak)
+        return max(self.fixed + self.slot_bytes, self._while_loading)
+
+    @property
+    def _while_loading(self) -> int:
+        return self.process + self.reserve + self.dense - self.in_file + self.load_extra
 
     @property
     def resident_share(self) -> float:
@@ -93,7 +101,7 @@ class MemoryPlan:
                 self.reserve,
                 "thread stacks, math libraries on first use, allocator slack",
             ),
-            ("dense weights", self.dense, "attention, norms, routers, shared experts, embeddings"),
+            ("dense weights", self.dense - self.in_file, self._dense_words()),
             ("key/value cache", self.kv, f"{self.context} tokens over all sequences (--ctx-size)"),
             ("prefill activations", self.activations, f"chunks of {self.rows} tokens"),
             ("expert scratch", self.kernel, "one expert in the compute format"),
@@ -103,6 +111,10 @@ class MemoryPlan:
                 f"{self.experts_resident} of {self.experts_total} experts ({self.resident_share:.0%})",
             ),
         ]
+
+    def _dense_words(self) -> str:
+        words = "attention, norms, routers, shared experts, embeddings"
+        return words if not self.in_file else f"{words}; {format_size(self.in_file)} more stay in the file"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -139,7 +151,7 @@ def make_plan(request: PlanRequest, footprint: Footprint, notes: tuple[str, ...]
     plan = _fixed_part(request, footprint, notes)
     smallest = max(
         plan.fixed + _slot_bytes(footprint, _least_slots(footprint)),
-        plan.process + plan.dense + plan.load_peak,
+        plan.peak,
     )
     plan = replace(plan, smallest=smallest)
     if request.expert_slots is not None:
@@ -155,10 +167,11 @@ def make_plan(request: PlanRequest, footprint: Footprint, notes: tuple[str, ...]
         )
         plan = replace(plan, notes=(*plan.notes, note))
     if limit < smallest:
+        weights = plan.dense - plan.in_file
         raise BudgetError(
-            f"{request.model}: {format_size(limit)} is too small: dense weights {format_size(plan.dense)}, "
+            f"{request.model}: {format_size(limit)} is too small: dense weights {format_size(weights)}, "
             f"key/value cache {format_size(plan.kv)}, process and buffers "
-            f"{format_size(plan.fixed - plan.dense - plan.kv)}; the smallest budget that works is "
+            f"{format_size(plan.fixed - weights - plan.kv)}; the smallest budget that works is "
             f"{smallest / MIB:.0f}MiB (a shorter --ctx-size or --precision int4 needs less)",
             smallest,
         )
@@ -176,7 +189,8 @@ def _fixed_part(request: PlanRequest, footprint: Footprint, notes: tuple[str, ..
         process=request.process,
         reserve=RUNTIME_RESERVE,
         dense=footprint.dense,
-        load_peak=footprint.dense + footprint.largest_dense,
+        load_extra=footprint.load_extra,
+        in_file=max(0, footprint.table - RESIDENT_BYTES),
         # One layer's keys and values exist twice while the cache grows.
         kv=request.context * footprint.kv_per_token * 5 // 4,
         activations=request.rows * footprint.row + 4 * footprint.vocab_row,

@@ -14,6 +14,7 @@ from gangline.core.layout import ExpertCatalog
 from gangline.core.sizes import format_size
 from gangline.core.tiers import Priority
 from gangline.models import MoEView
+from gangline.runtime.embedding import leave_in_file
 from gangline.runtime.engine import Engine
 from gangline.runtime.planner import MemoryPlan
 from gangline.runtime.store import ExpertStore
@@ -78,6 +79,8 @@ class Runtime:
         self._prefill_tokens = 0
         self._decode_tokens = 0
         self._undo: list[Callable[[], None]] = []
+        if plan.in_file:
+            self._undo.append(leave_in_file(model.get_input_embeddings()))  # type: ignore[operator]
         self.attached = False
 
     @property
