@@ -72,5 +72,5 @@ def test_result_does_not_depend_on_the_chunk(seed: int, monkeypatch: pytest.Monk
 
 
 def test_encoding_is_refused_with_the_way_out() -> None:
-    with pytest.raises(FormatError, match="choose int4g32 or ggml:MXFP4"):
+    with pytest.raises(FormatError, match="choose tile16:mxfp4 or ggml:MXFP4"):
         get_codec("mxfp4").encode(torch.randn(2, 32))

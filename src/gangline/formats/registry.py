@@ -8,11 +8,12 @@ from gangline.formats.dense import dense_codecs
 from gangline.formats.ggml import ggml_codecs
 from gangline.formats.grouped import grouped_codecs
 from gangline.formats.mx import MXFP4Codec
+from gangline.formats.tiled import tiled_codecs
 
 
 @cache
 def _codecs() -> dict[str, Codec]:
-    codecs: list[Codec] = [*dense_codecs(), *grouped_codecs(), *ggml_codecs(), MXFP4Codec()]
+    codecs: list[Codec] = [*dense_codecs(), *grouped_codecs(), *ggml_codecs(), MXFP4Codec(), *tiled_codecs()]
     return {codec.name: codec for codec in codecs}
 
 

@@ -1,0 +1,141 @@
+"""Tiles of 16 rows: the byte order in which the native kernels read a matrix, front to back.
+
+A matrix is a run of row blocks of 16 rows. One row block is:
+
+1. the scales of its groups, group after group, 16 rows each (fp16, or E8M0 bytes);
+2. with zero points: as many bytes, in the same order;
+3. zeros up to a multiple of 64 bytes;
+4. the codes, group after group. Four consecutive columns of the 16 rows are a *quad* of 64 positions:
+   position ``4 r + j`` is row ``r``, column ``j``.
+
+   - 8 bits: a quad is 64 bytes.
+   - 4 bits: 64 bytes hold two quads, the first in the low nibbles.
+   - 2 bits: 64 bytes hold four quads, the first in the lowest bits.
+   - 3 bits: the low two bits of all quads of the group as above, then the high bits, eight quads in 64 bytes.
+
+Rows past the end have scale 0, columns past the end the code of zero, so that they add nothing.
+
+Shapes: R row blocks, S the 16 rows of one, G groups of a row, Q quads of a row, W 32-bit words (a word is one
+quad of one row), C columns filled up to whole groups.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gangline.formats.codec import Shape
+
+ROWS = 16
+_QUAD = 4
+_ALIGN = 64
+
+
+@dataclass(frozen=True)
+class TileParts:
+    """Views of the parts of an encoded matrix.
+
+    Attributes:
+        scales_RGS: fp16, or uint8 exponents.
+        zeros_RGS: uint8 zero points, or None.
+        words_RW: the codes of each row block, int32.
+    """
+
+    scales_RGS: Tensor
+    zeros_RGS: Tensor | None
+    words_RW: Tensor
+
+
+@dataclass(frozen=True)
+class TileLayout:
+    """Where everything lies.
+
+    Attributes:
+        width: bits of a code.
+        group: columns that share a scale, a multiple of 32.
+        scale: dtype of the scales.
+        has_zeros: whether there are zero points.
+    """
+
+    width: int
+    group: int
+    scale: torch.dtype
+    has_zeros: bool
+
+    def groups(self, columns: int) -> int:
+        """Groups of a row."""
+        return -(-columns // self.group)
+
+    def columns(self, columns: int) -> int:
+        """Columns with those that fill the last group."""
+        return self.groups(columns) * self.group
+
+    def head_bytes(self, columns: int) -> int:
+        """Bytes of a row block before its codes."""
+        used = self.groups(columns) * ROWS * (self.scale.itemsize + self.has_zeros)
+        return -(-used // _ALIGN) * _ALIGN
+
+    def block_bytes(self, columns: int) -> int:
+        """Bytes of a row block: a multiple of 64."""
+        return self.head_bytes(columns) + ROWS * self.columns(columns) * self.width // 8
+
+    def nbytes(self, shape: Shape) -> int:
+        """Bytes of a matrix."""
+        return row_blocks(shape[0]) * self.block_bytes(shape[1])
+
+    def parts(self, raw: Tensor, shape: Shape) -> TileParts:
+        """The parts of ``raw`` (uint8, of the right size): views unless it starts off a multiple of 4."""
+        if raw.data_ptr() % 4 or raw.storage_offset() % 4:
+            raw = raw.clone()
+        groups, head = self.groups(shape[1]), self.head_bytes(shape[1])
+        raw_RB = raw.view(row_blocks(shape[0]), -1)
+        split = groups * ROWS * self.scale.itemsize
+        scales_RGS = raw_RB[:, :split].view(self.scale).unflatten(1, (groups, ROWS))
+        zeros_RGS = None
+        if self.has_zeros:
+            zeros_RGS = raw_RB[:, split : split + groups * ROWS].unflatten(1, (groups, ROWS))
+        return TileParts(scales_RGS, zeros_RGS, raw_RB[:, head:].view(torch.int32))
+
+    def unpack(self, words_RW: Tensor) -> Tensor:
+        """Codes ``(R, 16, C)``, uint8, of row blocks."""
+        blocks = len(words_RW)
+        if self.width == 3:
+            words_NW = words_RW.reshape(-1, self.group * 3 // 2)
+            low_NQS = _spread(words_NW[:, : self.group], 2)
+            words_QS = (low_NQS | (_spread(words_NW[:, self.group :], 1) << 2)).view(blocks, -1, ROWS)
+        else:
+            words_QS = _spread(words_RW, self.width)
+        return words_QS.transpose(1, 2).contiguous().view(torch.uint8)
+
+    def pack(self, codes_RSC: Tensor) -> Tensor:
+        """Words ``(R, W)`` of codes as :meth:`unpack` gives them; no code may be past ``width`` bits."""
+        words_RQS = codes_RSC.contiguous().view(torch.int32).transpose(1, 2)
+        if self.width != 3:
+            return _gather(words_RQS.contiguous(), self.width)
+        words_NQS = words_RQS.reshape(-1, self.group // _QUAD, ROWS)
+        low_NW, high_NW = _gather(words_NQS & 0x03030303, 2), _gather((words_NQS >> 2) & 0x01010101, 1)
+        return torch.cat([low_NW, high_NW], dim=1).view(len(codes_RSC), -1)
+
+
+def row_blocks(rows: int) -> int:
+    """Row blocks that hold ``rows``."""
+    return -(-rows // ROWS)
+
+
+def _spread(words_NW: Tensor, bits: int) -> Tensor:
+    """Quads ``(N, Q, 16)``, one code a byte, of words that hold ``8 / bits`` quads each."""
+    if bits == 8:
+        return words_NW.reshape(len(words_NW), -1, ROWS)
+    words_NPS = words_NW.reshape(len(words_NW), -1, ROWS)
+    mask = (2**bits - 1) * 0x01010101
+    parts = [(words_NPS >> shift).bitwise_and_(mask) for shift in range(0, 8, bits)]
+    return torch.stack(parts, dim=2).view(len(words_NW), -1, ROWS)
+
+
+def _gather(words_NQS: Tensor, bits: int) -> Tensor:
+    """The opposite of :func:`_spread`."""
+    parts_NPKS = words_NQS.view(len(words_NQS), -1, 8 // bits, ROWS)
+    words_NPS = parts_NPKS[:, :, 0]
+    for index in range(1, 8 // bits):
+        words_NPS = words_NPS | (parts_NPKS[:, :, index] << index * bits)
+    return words_NPS.reshape(len(words_NQS), -1)
