@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 import gangline
 from gangline.benchmarks.random_checkpoint import meta_model
+from gangline.benchmarks.recording import record
 from gangline.benchmarks.replay import RoutingTrace, load_trace, replay, synthetic_trace
 from gangline.benchmarks.shapes import make_shape, shape_config
 from gangline.core.errors import UsageError
@@ -83,6 +84,40 @@ def test_a_trace_of_the_models_own_routing_changes_nothing(tmp_path, seen_by):
     assert (trace.kind, trace.about) == ("recorded", "a test")
     with torch.no_grad(), replay(model, trace):
         assert torch.equal(model(ids).logits, before)
+
+
+def test_what_was_recorded_is_what_the_experts_got(tmp_path, seen_by):
+    model = model_of("tiny-olmoe")
+    seen = seen_by(model)
+    ids = torch.randint(512, (1, 9))
+    with torch.no_grad(), record(model) as recorder:
+        before = model(ids[:, :6]).logits[0, -1]
+        cached = model(ids).logits
+    recorder.trace("a test").save(tmp_path / "t.npz")
+    trace = load_trace(tmp_path / "t.npz")
+    assert (trace.kind, trace.about, len(trace.ids_NLK)) == ("recorded", "a test", 15)
+    for layer in seen:
+        got = torch.cat([ids for ids, _ in seen[layer]]).numpy()
+        np.testing.assert_array_equal(got, trace.ids_NLK[:, layer])
+    assert [path.name for path in tmp_path.iterdir()] == ["t.npz"]
+    with torch.no_grad(), replay(model, trace):
+        assert torch.equal(model(ids[:, :6]).logits[0, -1], before)
+        assert torch.equal(model(ids).logits, cached)
+
+
+def test_a_recording_without_one_row_per_token_is_refused(tmp_path):
+    model = model_of("tiny-olmoe")
+    with record(model) as recorder:
+        pass
+    with pytest.raises(UsageError, match="same tokens"):
+        recorder.trace("nothing")
+    switch = model_of("tiny-switch")
+    ids = torch.randint(512, (1, 4))
+    with torch.no_grad(), record(switch), pytest.raises(UsageError, match="cannot be recorded"):
+        switch(input_ids=ids, decoder_input_ids=ids)
+    trace = RoutingTrace(np.zeros((3, 2, 1), np.int32), "recorded", "x")
+    with pytest.raises(UsageError, match="cannot write"):
+        trace.save(tmp_path / "none" / "t.npz")
 
 
 @settings(max_examples=30, deadline=None)

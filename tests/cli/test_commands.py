@@ -8,12 +8,21 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from evaluation.tiny_text import saved_model, tiny_tokenizer
 from gangline.evaluation import check as check_module
+from gangline.evaluation import speed
+from gangline.evaluation.bound import Bandwidths
 from gangline.evaluation.generation import Generation
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return saved_model(tmp_path_factory.mktemp("model"), "qwen3_moe", seed=7)
+
+
+@pytest.fixture(autouse=True)
+def instant_bandwidths(monkeypatch):
+    monkeypatch.setattr(
+        speed, "bandwidths", lambda *_, disk: Bandwidths(2e10, 1e9 if disk else None, "a way")
+    )
 
 
 SHORT = ["--share", "0.5", "--batch", "1", "--orders", "1", "--prompt-tokens", "5", "--new-tokens", "3"]
@@ -93,6 +102,26 @@ def test_bench_of_a_shape(gangline):
     assert "shapes/tiny-olmoe" in gangline("cache", "ls").stdout
 
 
+def test_bench_records_a_trace_and_replays_it(gangline, only_error, folder, tmp_path):
+    short = ["--prompt-tokens", "8", "--new-tokens", "3", "-r", "1"]
+    trace = tmp_path / "routing.npz"
+    result = gangline("bench", folder, *short, "--record", trace)
+    assert result.exit_code == 0, result.stderr
+    result = gangline("bench", folder, *short, "--replay", trace, "--json", "--batch", "2")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert (found["routing"], found["batch"]) == (f"replayed routing from {trace}", 2)
+    assert f"replayed routing from {trace}" in gangline("bench", folder, *short, "--replay", trace).stdout
+    assert "give one of them" in only_error(
+        gangline("bench", folder, "--replay", trace, "--record", tmp_path / "x")
+    )
+    assert "exists already" in only_error(gangline("bench", folder, "--record", trace))
+    assert "not a routing trace" in only_error(gangline("bench", folder, "--replay", folder / "config.json"))
+    other = gangline("bench", "--shape", "tiny-olmoe:2", *short, "--replay", trace)
+    assert other.exit_code == 2
+    assert "use a trace of this model" in other.stderr
+
+
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense")
@@ -121,9 +150,10 @@ def test_convert_makes_a_moe(gangline, dense, text, tmp_path):
     assert gangline("run", target, "boats", "-n", "2").exit_code == 0
 
 
-def test_convert_makes_a_gguf_file(gangline, folder, tmp_path):
+@pytest.mark.parametrize("flag", [[], ["-o"]])
+def test_convert_makes_a_gguf_file(gangline, folder, tmp_path, flag):
     target = tmp_path / "model.gguf"
-    result = gangline("convert", folder, target, "--to", "gguf", "--type", "f32")
+    result = gangline("convert", folder, *flag, target, "--to", "gguf", "--type", "f32")
     assert result.exit_code == 0, result.stderr
     result = gangline("check", target, *SHORT, "--dtype", "fp32", "--json")
     assert result.exit_code == 0, result.stderr
@@ -148,6 +178,11 @@ def test_convert_refuses(gangline, only_error, dense, text, tmp_path, arguments,
     assert result.exit_code == 2
     assert said in only_error(result)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("places", [[], ["a", "-o", "b"]])
+def test_convert_writes_to_one_place(gangline, only_error, folder, places):
+    assert "say where to write, once" in only_error(gangline("convert", folder, *places, "--to", "gguf"))
 
 
 def test_convert_never_overwrites(gangline, only_error, folder, tmp_path):

@@ -12,6 +12,7 @@ Shape suffixes: N tokens of the trace, L MoE layers, K experts per token, T rows
 experts.
 """
 
+import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,11 +49,25 @@ class RoutingTrace:
     weights_NLK: NDArray[np.float32] | None = None
 
     def save(self, path: Path) -> None:
-        """Write the trace as ``.npz``."""
+        """Write the trace as ``.npz``; it appears under its name only when complete.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
         arrays: dict[str, Any] = {"ids": self.ids_NLK, "kind": self.kind, "about": self.about}
         if self.weights_NLK is not None:
             arrays["weights"] = self.weights_NLK
-        np.savez_compressed(path, **arrays)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            with part.open("wb") as file:
+                np.savez_compressed(file, **arrays)
+            part.replace(path)
+        except OSError as error:
+            raise UsageError(
+                f"cannot write the trace {path} ({error.strerror}); name another place"
+            ) from error
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def load_trace(path: Path) -> RoutingTrace:
@@ -131,6 +146,16 @@ def _draw_layer(
     return ids_NK
 
 
+def moe_layers(model: nn.Module) -> list[tuple[str, nn.Module, int]]:
+    """Return name, experts module and number of experts of every MoE layer, in order."""
+    return [
+        (name, module, adapter.experts_of(module))
+        for name, module in model.named_modules()
+        for adapter in ADAPTERS
+        if adapter.claims(module)
+    ]
+
+
 @contextmanager
 def replay(model: nn.Module, trace: RoutingTrace) -> Iterator[None]:
     """Let every MoE layer use the trace's experts for the rows that it sees, in order, from the start.
@@ -145,12 +170,7 @@ def replay(model: nn.Module, trace: RoutingTrace) -> Iterator[None]:
         UsageError: the trace does not fit the model, or the model hands its choice to its experts in another
             way than as ``(hidden, ids, weights)``.
     """
-    layers = [
-        (name, module, adapter.experts_of(module))
-        for name, module in model.named_modules()
-        for adapter in ADAPTERS
-        if adapter.claims(module)
-    ]
+    layers = moe_layers(model)
     if len(layers) != trace.ids_NLK.shape[1]:
         raise UsageError(
             f"the trace has {trace.ids_NLK.shape[1]} MoE layers, the model {len(layers)}; "
@@ -184,7 +204,7 @@ class _Follower:
             )
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if len(args) < 3 or not _is_choice(args[1]):
+        if len(args) < 3 or not is_choice(args[1]):
             raise UsageError(
                 f"{self.name}: {type(module).__name__} does not take (hidden, ids, weights), so no trace can "
                 "be replayed through it; use one of the other shapes"
@@ -202,5 +222,6 @@ class _Follower:
         return (x_TD, self.ids_NK[rows_T].to(ids_TK), weights_TK, *rest)
 
 
-def _is_choice(ids: Any) -> bool:
+def is_choice(ids: Any) -> bool:
+    """Return whether an argument of an experts module is the ids ``[T, K]`` that its router chose."""
     return isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point()

@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +15,7 @@ from gangline.cli.output import Output
 from gangline.core.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
+    from gangline.evaluation.speed import Routing
     from gangline.evaluation.speed_report import SpeedReport, Spread
 
 
@@ -32,6 +36,13 @@ def bench(
     prompt_tokens: Annotated[int, option("--prompt-tokens", help="Tokens of each prompt.", min=1)] = 128,
     new_tokens: Annotated[int, option("--new-tokens", help="Tokens decoded after it.", min=2)] = 32,
     repetitions: Annotated[int, option("--repetitions", "-r", help="Timed runs.", min=1)] = 5,
+    batch: Annotated[int, option("--batch", "-b", help="Sequences decoded at once.", min=1)] = 1,
+    replay: Annotated[
+        str | None, option("--replay", metavar="FILE", help="Use the experts of a recorded routing trace.")
+    ] = None,
+    record: Annotated[
+        str | None, option("--record", metavar="FILE", help="Write the routing of all runs as a trace.")
+    ] = None,
 ) -> None:
     """Time prompt reading and decoding; print peak memory, hit rates and the share of the bandwidth bound."""
     if (model is None) == (shape is None):
@@ -40,17 +51,50 @@ def bench(
     from gangline.evaluation.speed import SpeedSettings, bench_model
 
     settings = SpeedSettings(
-        prompt_tokens=prompt_tokens, new_tokens=new_tokens, repetitions=repetitions, seed=compute.seed
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repetitions=repetitions,
+        seed=compute.seed,
+        batch=batch,
     )
+    routing = _routing(replay, record, model or shape)
     report = bench_model(
         model or _make(str(shape), budget),
         settings,
         name=model or shape,
+        routing=routing,
         progress=out.note,
         **load_arguments(budget, compute),
     )
     out.data(report.to_dict())
     _show(out, report)
+
+
+def _routing(replay: str | None, record: str | None, name: str | None) -> "Routing":
+    """Return what the two flags ask for."""
+    from gangline.benchmarks import recording
+    from gangline.benchmarks.replay import load_trace
+    from gangline.benchmarks.replay import replay as replay_trace
+    from gangline.evaluation.speed import OWN_ROUTING, Routing
+
+    if replay is not None and record is not None:
+        raise UsageError("--record would only copy what --replay plays; give one of them")
+    if replay is not None:
+        trace = load_trace(Path(replay).expanduser())
+        return Routing(f"replayed routing from {replay}", lambda model: replay_trace(model, trace))
+    if record is None:
+        return OWN_ROUTING
+    target = Path(record).expanduser()
+    if target.exists() or not target.parent.is_dir():
+        raise UsageError(f"{target} exists already, or its folder does not; name another place")
+
+    @contextmanager
+    def keep(model: Any) -> Iterator[None]:
+        with recording.record(model) as recorder:
+            yield
+        recorder.trace(f"gangline bench of {name}").save(target)
+
+    return Routing("own", keep)
 
 
 _CHILD = """
@@ -98,6 +142,8 @@ def _show(out: Output, report: "SpeedReport") -> None:
     budget = "" if report.memory is None else f" of {format_size(report.memory)}"
     peak = "unknown" if report.peak_resident_bytes is None else format_size(report.peak_resident_bytes)
     out.show(report.banner)
+    if report.routing != "own":
+        out.show(report.routing)
     table = Table(box=None, show_header=False)
     table.add_row("decode", f"{_rate(report.decode)}, {bound.share:.1%} of what the {bound.limit} allows")
     table.add_row("prefill", _rate(report.prefill))
@@ -107,7 +153,8 @@ def _show(out: Output, report: "SpeedReport") -> None:
     table.add_row("read per token", format_size(report.miss_bytes_per_token))
     table.add_row(
         "bandwidth",
-        f"disk {bound.disk_bandwidth / 1e9:.2f} GB/s, memory {bound.memory_bandwidth / 1e9:.1f} GB/s",
+        f"disk {bound.disk_bandwidth / 1e9:.2f} GB/s ({bound.disk_way}), "
+        f"memory {bound.memory_bandwidth / 1e9:.1f} GB/s: the most that was seen",
     )
     out.show(table)
 

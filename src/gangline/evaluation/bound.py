@@ -5,71 +5,148 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from gangline.evaluation.speed_report import Bound
+from gangline.evaluation.speed_report import Bound, Spread
+from gangline.evaluation.speed_run import Sample
 
-_DEPTH = 4  # reads in flight when the disk is measured
+_CHILD = """
+import json, pathlib, sys
+from gangline.runtime.best_bandwidth import best_disk, best_ram
+files, record, threads, disk = json.loads(sys.argv[1])
+ram = best_ram(threads)
+peak = best_disk([pathlib.Path(file) for file in files], record) if disk else None
+print(json.dumps([ram, peak and peak.rate, peak and peak.way]))
+"""
 
 
-def bandwidths(runtime: Any) -> tuple[float, float]:
-    """Return bytes/s of disk and memory, from another process: the peak memory of this one stays its own."""
-    code = (
-        "import json, pathlib, sys\n"
-        "from gangline.runtime.bandwidth import measure_disk, measure_ram\n"
-        "file, size, depth, threads = json.loads(sys.argv[1])\n"
-        "disk = measure_disk(pathlib.Path(file), size=size, depth=depth, seconds=0.7)\n"
-        "print(json.dumps([disk, measure_ram(threads, seconds=0.7)]))\n"
+@dataclass(frozen=True)
+class Bandwidths:
+    """The most that was seen at one moment, in bytes/s; ``disk`` None where it was not measured."""
+
+    memory: float
+    disk: float | None = None
+    disk_way: str | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a decoding step reads of a model.
+
+    Attributes:
+        dense: bytes that every step reads.
+        routed: bytes of the experts of one token over all layers.
+        expert: mean bytes of one expert.
+        spread: bytes of the experts of one token, and all of them, per layer.
+        files: where experts are read from disk.
+        record: bytes of the largest expert.
+    """
+
+    dense: int
+    routed: int
+    expert: float
+    spread: tuple[tuple[int, int], ...]
+    files: tuple[str, ...]
+    record: int
+
+    def step_bytes(self, batch: int, experts_found: float) -> float:
+        """Return the bytes that one step of ``batch`` sequences reads from memory.
+
+        Args:
+            batch: sequences.
+            experts_found: different experts that a step used, as counted; 0 where nobody counted, then what
+                even routing would use.
+        """
+        if batch == 1:
+            return self.dense + self.routed
+        if experts_found:
+            return self.dense + experts_found * self.expert
+        return self.dense + sum(whole * (1 - (1 - one / whole) ** batch) for one, whole in self.spread)
+
+
+def bandwidths(weights: Weights, threads: int, *, disk: bool) -> Bandwidths:
+    """Measure now, in another process: the peak memory of this one stays its own.
+
+    Args:
+        weights: names the files and the size of a record.
+        threads: that read memory.
+        disk: whether to measure the disk too.
+    """
+    request = json.dumps([weights.files, weights.record, threads, disk])
+    done = subprocess.run([sys.executable, "-c", _CHILD, request], capture_output=True, text=True, check=True)
+    return Bandwidths(*json.loads(done.stdout))
+
+
+def weights_of(model: Any) -> Weights:
+    """Return what a decoding step of a loaded model reads.
+
+    Dense weights are counted without the rows of the input embedding that a token does not look up.
+    """
+    runtime = model.gangline
+    pairs = list(zip(runtime.geometry.layers, runtime.catalog.layouts, strict=True))
+    routed = sum(layer.top_k * layout.nbytes for layer, layout in pairs)
+    sizes = {Path(path).absolute(): path.stat().st_size for path in runtime.catalog.files}
+    record = min(max(layout.nbytes for _, layout in pairs), max(sizes.values()))
+    return Weights(
+        dense=_dense_bytes(model),
+        routed=routed,
+        expert=routed / sum(layer.top_k for layer, _ in pairs),
+        spread=tuple((layer.top_k * item.nbytes, layer.experts * item.nbytes) for layer, item in pairs),
+        files=tuple(str(path) for path, size in sizes.items() if size >= record),
+        record=record,
     )
-    file = max(runtime.catalog.files, key=lambda path: path.stat().st_size)
-    size = max(layout.nbytes for layout in runtime.catalog.layouts)
-    request = json.dumps([str(file), min(size, file.stat().st_size), _DEPTH, torch.get_num_threads()])
-    done = subprocess.run([sys.executable, "-c", code, request], capture_output=True, text=True, check=True)
-    disk, ram = json.loads(done.stdout)
-    return disk, ram
+
+
+def _dense_bytes(model: Any) -> int:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    # Packed matrices are buffers of bytes.
+    held = [*model.parameters(), *(item for item in model.buffers() if item.dtype == torch.uint8)]
+    weights = {id(item): item for item in held if item.device.type != "meta"}
+    if getattr(head, "weight", None) is not embedding.weight:
+        weights.pop(id(embedding.weight), None)
+    return sum(item.numel() * item.element_size() for item in weights.values())
 
 
 def decode_bound(
-    model: Any, disk_bytes: float, measured: float, measurements: Sequence[tuple[float, float]]
+    weights: Weights,
+    samples: Sequence[Sample],
+    steps: int,
+    batch: int,
+    beside: Sequence[tuple[Bandwidths, Bandwidths]],
 ) -> Bound:
     """Return what bandwidth allows for decoding, and the share of it that was reached.
 
     Args:
-        model: the loaded model.
-        disk_bytes: read from disk per token.
-        measured: tokens/s.
-        measurements: of :func:`bandwidths`, right before and right after the run; their mean counts.
+        weights: of the model.
+        samples: the timed runs.
+        steps: decoding steps of each.
+        batch: sequences that a step decodes.
+        beside: bandwidths right before and right after each run; at least one with the disk's.
     """
-    disk, ram = (statistics.fmean(pair) for pair in zip(*measurements, strict=True))
-    memory_bytes = active_bytes(model)
-    disk_seconds, memory_seconds = disk_bytes / disk, memory_bytes / ram
-    limit = 1 / max(disk_seconds, memory_seconds)
+    everything = [item for pair in beside for item in pair]
+    disk, way = max((item.disk, item.disk_way) for item in everything if item.disk is not None)
+    memory = max(item.memory for item in everything)
+    disk_bytes = [sample.bytes_read / steps for sample in samples]
+    memory_bytes = [weights.step_bytes(batch, (sample.hits + sample.misses) / steps) for sample in samples]
+    shares = [
+        max(read / disk, touched / max(before.memory, after.memory)) * steps / sample.decode_seconds
+        for sample, read, touched, (before, after) in zip(
+            samples, disk_bytes, memory_bytes, beside, strict=True
+        )
+    ]
+    read, touched = statistics.median(disk_bytes), statistics.median(memory_bytes)
     return Bound(
-        limit="disk" if disk_seconds > memory_seconds else "memory",
-        disk_bytes=disk_bytes,
-        memory_bytes=memory_bytes,
+        limit="disk" if read / disk > touched / memory else "memory",
+        disk_bytes=read / batch,
+        memory_bytes=touched / batch,
         disk_bandwidth=disk,
-        memory_bandwidth=ram,
-        tokens_per_second=limit,
-        share=measured / limit,
+        disk_way=str(way),
+        memory_bandwidth=memory,
+        tokens_per_second=batch / max(read / disk, touched / memory),
+        share=statistics.median(shares),
+        shares=Spread.of(shares),
     )
-
-
-def active_bytes(model: Any) -> int:
-    """Return the bytes of weights that one decoded token multiplies with.
-
-    Dense weights, without the rows of the input embedding that it does not look up, and its routed experts.
-    """
-    runtime = model.gangline
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    weights = {id(item): item for item in model.parameters() if item.device.type != "meta"}
-    if head is None or head.weight is not embedding.weight:
-        weights.pop(id(embedding.weight), None)
-    dense: int = sum(item.numel() * item.element_size() for item in weights.values())
-    routed: int = sum(
-        layer.top_k * layout.nbytes
-        for layer, layout in zip(runtime.geometry.layers, runtime.catalog.layouts, strict=True)
-    )
-    return dense + routed

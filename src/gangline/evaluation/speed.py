@@ -1,28 +1,31 @@
 """``bench``: how fast a model runs under its budget, and how much of what bandwidth allows that is.
 
-Batch 1. Every repetition has a fresh prompt. A model with a tokenizer reads text and samples from its own
+Every repetition has fresh prompts. A model with a tokenizer reads text and samples from its own
 probabilities (greedy text soon repeats itself, and with it the routing); one without, such as a random-weight
 checkpoint, is fed random token ids.
+
+Legend: B sequences, P prompt tokens, N new tokens.
 """
 
 import logging
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from gangline.core.errors import UsageError
 from gangline.core.sizes import parse_size
-from gangline.evaluation.bound import bandwidths, decode_bound
-from gangline.evaluation.generation import fixed_length
+from gangline.evaluation.bound import Bandwidths, bandwidths, decode_bound
 from gangline.evaluation.plain import find_checkpoint, load_tokenizer, place
 from gangline.evaluation.prompts import prompt_ids
 from gangline.evaluation.speed_report import SpeedReport, Spread
+from gangline.evaluation.speed_run import Sample
+from gangline.evaluation.speed_side import Facts, OurSide
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ class SpeedSettings:
         repetitions: timed runs.
         warmup: runs before them that are not counted.
         seed: of prompts and sampling.
+        batch: sequences at once.
     """
 
     prompt_tokens: int = 128
@@ -46,6 +50,7 @@ class SpeedSettings:
     repetitions: int = 5
     warmup: int = 1
     seed: int = 0
+    batch: int = 1
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1 or self.new_tokens < 2 or self.repetitions < 1 or self.warmup < 0:
@@ -53,47 +58,42 @@ class SpeedSettings:
                 f"cannot time {self.repetitions} runs of {self.prompt_tokens} + {self.new_tokens} tokens; "
                 "give at least 1 run, 1 prompt token and 2 new tokens"
             )
+        if self.batch < 1:
+            raise UsageError(f"a batch of {self.batch} sequences decodes nothing; give 1 or more")
+
+    @property
+    def context(self) -> int:
+        """Tokens over all sequences."""
+        return self.batch * (self.prompt_tokens + self.new_tokens)
+
+    @property
+    def steps(self) -> int:
+        """Decoding steps of a run: the first new token comes from the prompt."""
+        return self.new_tokens - 1
+
+    def decode_rate(self, sample: Sample) -> float:
+        """Decoded tokens/s over all sequences."""
+        return self.batch * self.steps / sample.decode_seconds
+
+    def prefill_rate(self, sample: Sample) -> float:
+        """Prompt tokens/s over all sequences."""
+        return self.batch * self.prompt_tokens / sample.prefill_seconds
 
 
 @dataclass(frozen=True)
-class _Sample:
-    prefill_seconds: float
-    decode_seconds: float
-    hits: int
-    misses: int
-    bytes_read: int
+class Routing:
+    """Something to do to a loaded model while it is timed, such as replaying a routing trace.
+
+    Attributes:
+        note: what it is, for the report.
+        around: entered with the model before the first run, left after the last.
+    """
+
+    note: str
+    around: Callable[[Any], AbstractContextManager[Any]]
 
 
-class _Clock:
-    """A streamer that notes when each token is out, and the counters at the first one (batch 1)."""
-
-    def __init__(self, counters: Callable[[], Any]) -> None:
-        self._counters = counters
-        self.times: list[float] = []
-        self.at_first: Any = None
-
-    def put(self, value: Tensor) -> None:
-        """Called with the prompt, then with each token."""
-        if len(self.times) == 1:
-            self.at_first = self._counters()
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Called after the last token."""
-
-
-class _RandomTokens(LogitsProcessor):
-    """Makes the next token a random one, whatever the model says."""
-
-    def __init__(self, vocabulary: int, seed: int) -> None:
-        self._vocabulary = vocabulary
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        forced = torch.full_like(scores, -torch.inf)
-        token = int(torch.randint(0, self._vocabulary, (1,), generator=self._generator))
-        forced[:, token] = 0.0
-        return forced
+OWN_ROUTING = Routing("own", lambda model: nullcontext())
 
 
 def bench_model(
@@ -103,6 +103,7 @@ def bench_model(
     name: str | None = None,
     revision: str | None = None,
     memory: str | int | None = None,
+    routing: Routing = OWN_ROUTING,
     progress: Progress | None = None,
     **loading: Any,
 ) -> SpeedReport:
@@ -114,6 +115,7 @@ def bench_model(
         name: what the report calls the model.
         revision: branch, tag or commit on the Hub.
         memory: budget of this process, as for :func:`gangline.load`.
+        routing: what to do to the model meanwhile.
         progress: called with the name of each step as it begins.
         loading: passed on to :func:`gangline.runtime.load.load_model` (``precision``, ``dtype``, ``threads``,
             ``io``, ``ctx_size``).
@@ -121,85 +123,98 @@ def bench_model(
     Raises:
         GanglineError: the model cannot be loaded within the budget.
     """
-    from gangline.runtime.load import load_model
-    from gangline.runtime.runtime import peak_resident
-
     settings = settings or SpeedSettings()
     say = progress or logger.info
     tokenizer = load_tokenizer(find_checkpoint(model, revision))
     say("loading")
-    ours: Any = load_model(place(model), revision=revision, memory=memory, **loading)
+    options = with_context(loading, settings) | {"revision": revision, "memory": memory}
+    ours = OurSide(place(model), batch=settings.batch, **options)
     try:
-        runtime = ours.gangline
-        say("bandwidth of disk and memory")
-        before = bandwidths(runtime)
-        runs = settings.warmup + settings.repetitions
-        samples = []
-        for run in range(runs):
-            say(f"run {run + 1} of {runs}")
-            samples.append(_one_run(ours, tokenizer, settings, settings.seed + run))
-        peak = peak_resident()
-        after = bandwidths(runtime)
-        return _report(
-            ours,
+        with routing.around(ours.model):
+            samples, measured = _timed_runs(ours, tokenizer, settings, say)
+        return make_report(
+            ours.facts(),
             settings,
-            samples[settings.warmup :],
-            (before, after),
+            samples,
+            list(pairwise(measured)),
             model=name or str(model),
             text="random" if tokenizer is None else "text",
+            routing=routing.note,
             memory=parse_size(memory) if memory is not None else None,
-            peak_resident_bytes=peak,
         )
     finally:
-        ours.gangline.close()
+        ours.close()
 
 
-def _report(
-    ours: Any,
+def with_context(loading: dict[str, Any], settings: SpeedSettings) -> dict[str, Any]:
+    """Return the loading options with room for a whole batch, where the user left that open."""
+    if settings.batch == 1 or loading.get("ctx_size") is not None:
+        return loading
+    return loading | {"ctx_size": settings.context}
+
+
+def _timed_runs(
+    ours: OurSide, tokenizer: Any | None, settings: SpeedSettings, say: Progress
+) -> tuple[list[Sample], list[Bandwidths]]:
+    """Return the timed runs, and the bandwidths before each and after the last."""
+    facts = ours.facts()
+    samples, measured = [], []
+    runs = settings.warmup + settings.repetitions
+    for run in range(runs):
+        if run >= settings.warmup:
+            measured.append(bandwidths(facts.weights, facts.threads, disk=run == settings.warmup))
+        say(f"run {run + 1} of {runs}")
+        seed = settings.seed + run
+        ids_BP, following_BN = draw_tokens(tokenizer, facts.vocabulary, settings, seed)
+        torch.manual_seed(seed)
+        # Text is continued by the model itself.
+        following = following_BN if tokenizer is None else None
+        sample = ours.run(ids_BP, settings.new_tokens, following)
+        if run >= settings.warmup:
+            samples.append(sample)
+    measured.append(bandwidths(facts.weights, facts.threads, disk=True))
+    return samples, measured
+
+
+def draw_tokens(
+    tokenizer: Any | None, vocabulary: int, settings: SpeedSettings, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return prompts ``[B, P]`` and the tokens ``[B, N]`` that follow in the text, or random ones of both."""
+    length = settings.prompt_tokens + settings.new_tokens
+    ids_BL = prompt_ids(tokenizer, vocabulary, settings.batch, length, seed)
+    return ids_BL[:, : settings.prompt_tokens], ids_BL[:, settings.prompt_tokens :]
+
+
+def make_report(
+    facts: Facts,
     settings: SpeedSettings,
-    samples: list[_Sample],
-    measurements: tuple[tuple[float, float], tuple[float, float]],
+    samples: Sequence[Sample],
+    beside: Sequence[tuple[Bandwidths, Bandwidths]],
     **known: Any,
 ) -> SpeedReport:
-    """Add up the samples; ``known`` are the fields of the report that need no adding up."""
-    tokens = settings.new_tokens - 1
-    decode = Spread.of([tokens / sample.decode_seconds for sample in samples])
-    read = sum(item.bytes_read for item in samples) / (tokens * len(samples))
+    """Add up the samples.
+
+    Args:
+        facts: of our side, after the runs.
+        settings: how it was measured.
+        samples: the timed runs.
+        beside: bandwidths right before and right after each run.
+        known: the fields of the report that need no adding up.
+    """
+    hits, misses = sum(item.hits for item in samples), sum(item.misses for item in samples)
+    seen = hits + misses
+    tokens = settings.batch * settings.steps * len(samples)
     return SpeedReport(
-        banner=ours.gangline.banner(),
+        banner=facts.banner,
         prompt_tokens=settings.prompt_tokens,
         new_tokens=settings.new_tokens,
-        prefill=Spread.of([settings.prompt_tokens / sample.prefill_seconds for sample in samples]),
-        decode=decode,
+        batch=settings.batch,
+        prefill=Spread.of([settings.prefill_rate(sample) for sample in samples]),
+        decode=Spread.of([settings.decode_rate(sample) for sample in samples]),
         first_token_seconds=Spread.of([sample.prefill_seconds for sample in samples]),
-        hit_rate=_hit_rates(sum(item.hits for item in samples), sum(item.misses for item in samples)),
-        miss_bytes_per_token=read,
-        bound=decode_bound(ours, read, decode.median, measurements),
+        peak_resident_bytes=facts.peak_resident_bytes,
+        hit_rate={"host": hits / seen if seen else None, "disk": misses / seen if seen else None},
+        miss_bytes_per_token=sum(item.bytes_read for item in samples) / tokens,
+        bound=decode_bound(facts.weights, samples, settings.steps, settings.batch, beside),
         **known,
-    )
-
-
-def _hit_rates(hits: int, misses: int) -> dict[str, float | None]:
-    """Return the share of experts found in each tier."""
-    seen = hits + misses
-    return {"host": hits / seen if seen else None, "disk": misses / seen if seen else None}
-
-
-def _one_run(model: Any, tokenizer: Any | None, settings: SpeedSettings, seed: int) -> _Sample:
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids_1P = prompt_ids(tokenizer, vocabulary, 1, settings.prompt_tokens, seed)
-    clock = _Clock(model.gangline.stats)
-    forced = LogitsProcessorList([] if tokenizer is not None else [_RandomTokens(vocabulary, seed)])
-    torch.manual_seed(seed)
-    with fixed_length(model, settings.new_tokens, sample=tokenizer is not None), torch.inference_mode():
-        model.generate(
-            ids_1P, attention_mask=torch.ones_like(ids_1P), streamer=clock, logits_processor=forced
-        )
-    end, first = model.gangline.stats(), clock.at_first
-    return _Sample(
-        prefill_seconds=clock.times[1] - clock.times[0],
-        decode_seconds=clock.times[-1] - clock.times[1],
-        hits=end.host_hits - first.host_hits,
-        misses=end.host_misses - first.host_misses,
-        bytes_read=end.bytes_read - first.bytes_read,
     )
