@@ -2,6 +2,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -80,6 +81,12 @@ void begin(Decoder& self, int rows, Pointer tokens, Pointer positions, Pointer f
     self.begin(step);
 }
 
+void set_experts(Decoder& self, const std::vector<std::pair<ExpertsLayer, std::vector<Expert>>>& table) {
+    std::vector<LayerExperts> layers;
+    for (const auto& [layer, experts] : table) layers.push_back({layer, experts});
+    self.set_experts(std::move(layers));
+}
+
 void route_rows(const RouterRule& rule, Pointer logits, int rows, Pointer ids, Pointer weights) {
     std::vector<float> scratch(2 * static_cast<std::size_t>(rule.classes));
     for (int t = 0; t < rows; ++t) {
@@ -102,7 +109,8 @@ void bind_parts(nb::module_& m) {
     nb::class_<Linear>(m, "Linear", "A matrix with an optional bias in fp32.")
         .def("__init__",
              [](Linear* self, const Matrix& matrix, Pointer bias) { new (self) Linear{matrix, at<const float>(bias)}; },
-             "matrix"_a, "bias"_a = 0);
+             "matrix"_a, "bias"_a = 0)
+        .def_prop_ro("rows", [](const Linear& self) { return self.matrix.rows; });
     nb::class_<AttentionSpec>(m, "Attention", "Projections and constants of one attention.")
         .def("__init__",
              [](AttentionSpec* self, const Linear& q, const Linear& k, const Linear& v, const Linear& o, int heads,
@@ -179,7 +187,9 @@ void bind_decoder(nb::module_& m) {
                  self.back(layer, at<const float>(moe_output));
              },
              "layer"_a, "moe_output"_a, nb::call_guard<nb::gil_scoped_release>())
-        .def("head", &Decoder::head, nb::call_guard<nb::gil_scoped_release>());
+        .def("head", nb::overload_cast<>(&Decoder::head), nb::call_guard<nb::gil_scoped_release>())
+        .def("set_experts", &set_experts, "table"_a)
+        .def("step_all", &Decoder::step_all, nb::call_guard<nb::gil_scoped_release>());
     m.def("route", &route_rows, "rule"_a, "logits"_a, "rows"_a, "ids"_a, "weights"_a,
           "Route rows of fp32 logits; ids int64 and weights fp32 are [rows, k].");
 }

@@ -353,37 +353,40 @@ void Decoder::choose(int layer, Team team) {
 }
 
 void Decoder::back(int layer, const float* moe_output) {
+    for (int t = 0; t < step_.rows; ++t)
+        add_output(layer, t, 0, spec_.hidden, moe_output + std::ptrdiff_t{t} * spec_.hidden);
+}
+
+void Decoder::add_output(int layer, int row, int begin, int count, const float* y) {
     const DecoderLayer& l = spec_.layers[size(layer)];
-    for (int t = 0; t < step_.rows; ++t) {
-        float* x = x_.row(t);
-        const float* y = moe_output + std::ptrdiff_t{t} * spec_.hidden;
-        if (!l.mlp) {
-            for (int d = 0; d < spec_.hidden; ++d) x[d] += y[d];
-            continue;
-        }
-        const float* shared = shared_.data() + t * x_.stride();
-        const float scale = l.shared_gate ? 1.0f / (1.0f + std::exp(-shared_gate_.data()[t])) : 1.0f;
-        for (int d = 0; d < spec_.hidden; ++d) x[d] += y[d] + scale * shared[d];
+    float* x = x_.row(row) + begin;
+    if (!l.mlp) {
+        for (int d = 0; d < count; ++d) x[d] += y[d];
+        return;
     }
+    const float* shared = shared_.data() + row * x_.stride() + begin;
+    const float scale = l.shared_gate ? 1.0f / (1.0f + std::exp(-shared_gate_.data()[row])) : 1.0f;
+    for (int d = 0; d < count; ++d) x[d] += y[d] + scale * shared[d];
 }
 
 void Decoder::head() {
+    parallel([this](int worker, int workers) { head({worker, workers}); });
+}
+
+void Decoder::head(Team team) {
     const int classes = spec_.head.matrix.rows;
     const bool plain = spec_.numbers == Format::f32;
     float* logits = plain ? static_cast<float*>(step_.logits) : logits_.data();
-    parallel([&](int worker, int workers) {
-        const Team team{worker, workers};
-        normalise(spec_.final_norm, team);
-        const Product product{&spec_.head, &normed_, logits, classes, nullptr};
-        multiply(&product, 1, team);
-        if (plain) return;
-        barrier();
-        const Range mine = share(classes, 64, worker, workers);
-        for (int t = 0; t < step_.rows; ++t) {
-            const std::ptrdiff_t at = std::ptrdiff_t{t} * classes + mine.begin;
-            write_numbers(logits + at, mine.end - mine.begin, spec_.numbers, static_cast<std::uint16_t*>(step_.logits) + at);
-        }
-    });
+    normalise(spec_.final_norm, team);
+    const Product product{&spec_.head, &normed_, logits, classes, nullptr};
+    multiply(&product, 1, team);
+    if (plain) return;
+    barrier();
+    const Range mine = share(classes, 64, team.worker, team.workers);
+    for (int t = 0; t < step_.rows; ++t) {
+        const std::ptrdiff_t at = std::ptrdiff_t{t} * classes + mine.begin;
+        write_numbers(logits + at, mine.end - mine.begin, spec_.numbers, static_cast<std::uint16_t*>(step_.logits) + at);
+    }
 }
 
 }  // namespace gangline

@@ -15,6 +15,7 @@
 
 #include "attention.hpp"
 #include "decode_rows.hpp"
+#include "experts.hpp"
 #include "gates.hpp"
 #include "norm.hpp"
 #include "routing.hpp"
@@ -79,6 +80,12 @@ struct Step {
     void* logits = nullptr;                   // [rows, vocabulary] in DecoderSpec::numbers
 };
 
+// All experts of a MoE layer, by id; they own nothing.
+struct LayerExperts {
+    ExpertsLayer layer;
+    std::vector<Expert> experts;
+};
+
 class Decoder {
 public:
     explicit Decoder(DecoderSpec spec);
@@ -97,6 +104,11 @@ public:
     // Adds the experts' output [rows, hidden] of a MoE layer.
     void back(int layer, const float* moe_output);
     void head();
+
+    // Experts of all MoE layers for step_all(), or none. Throws std::invalid_argument where they do not fit.
+    void set_experts(std::vector<LayerExperts> experts);
+    // All layers and the head, in one parallel call. Gives the bits that front(), the native experts and back() give.
+    void step_all();
 
 private:
     // How the visible part of the cache is cut for layers with one window.
@@ -131,6 +143,11 @@ private:
     void network(int layer, Team team);
     void choose(int layer, Team team);
     void front(int layer, Team team);
+    void head(Team team);
+    void experts(int layer, Team team);
+    void group_pairs(int layer);
+    // x_ += y (+ the shared expert), columns [begin, begin + count) of one row; y begins at that column.
+    void add_output(int layer, int row, int begin, int count, const float* y);
 
     DecoderSpec spec_;
     Step step_;
@@ -142,6 +159,19 @@ private:
     Buffer<float> qkv_, projected_, gate_up_, shared_, shared_gate_, logits_, router_, scratch_;
     Buffer<float> partial_, partial_max_, partial_sum_;
     std::vector<float> cosine_, sine_;  // [rows, rotated / 2]
+
+    // Experts inside step_all(): the pairs of a layer, sorted by expert and then by row.
+    std::vector<LayerExperts> experts_;  // for each layer of the model; empty without set_experts
+    ExpertsRun run_;
+    ExpertsCall call_;
+    std::vector<int> starts_;
+    std::vector<const Expert*> chosen_;
+    std::vector<std::int64_t> row_of_pair_;
+    std::vector<float> weight_of_pair_;
+    std::vector<int> order_;           // pairs by expert
+    std::vector<int> pairs_of_row_;    // [rows, k], ascending expert
+    std::vector<int> filled_;          // [rows] of them while they are found
+    Buffer<float> pair_output_;        // [rows * k, hidden]
 };
 
 }  // namespace gangline

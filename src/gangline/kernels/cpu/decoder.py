@@ -1,0 +1,287 @@
+"""One decode step of a whole model in the native core, and the parts it is built from.
+
+Shape suffixes: B sequences, D hidden, K chosen experts per token, V vocabulary.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gangline.kernels.cpu import native
+
+_CODECS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+MoEForward = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""``forward(moe_layer, x_BD, ids_BK, weights_BK) -> y_BD``, all fp32 but the ids."""
+
+
+class NotNativeError(Exception):
+    """The native step cannot stand for a model; the message is the reason."""
+
+
+class CacheLayer(Protocol):
+    """Keys and values of one layer with room for one more token: ``[B, kv heads, capacity, head dim]``."""
+
+    def native_rows(self) -> tuple[int, int, int]:
+        """Return the addresses of keys and values, and the capacity."""
+        ...
+
+
+@dataclass
+class Parts:
+    """Makes the native core's views of weights and keeps alive what they point to.
+
+    Attributes:
+        core: the native extension.
+        packed: whether some matrix is packed, so that activations are rounded to int8.
+        watched: parameters that are read in place, with the address that each had. One that moves (a model
+            that is trained, quantized or sent elsewhere) makes the views stale.
+    """
+
+    core: Any
+    packed: bool = False
+    watched: list[tuple[nn.Module, str, int]] = field(default_factory=list)
+    _kept: list[Any] = field(default_factory=list)
+
+    def moved(self) -> bool:
+        """Whether a parameter no longer lies where it did."""
+        return any(
+            getattr(module, name, None) is None or getattr(module, name).data_ptr() != address
+            for module, name, address in self.watched
+        )
+
+    def weight(self, module: nn.Module, name: str = "weight") -> Tensor:
+        """Return a parameter that the native core can read in place.
+
+        Raises:
+            NotNativeError: it lies elsewhere, or in another form.
+        """
+        tensor = getattr(module, name, None)
+        if not isinstance(tensor, Tensor):
+            raise NotNativeError(f"{type(module).__name__} has no {name}")
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
+            raise NotNativeError(f"{type(module).__name__}.{name} is a {type(tensor).__name__} on {tensor.device}")
+        if tensor.dtype not in _CODECS or not tensor.is_contiguous():
+            raise NotNativeError(f"{type(module).__name__}.{name} is {tensor.dtype} or not contiguous")
+        self.watched.append((module, name, tensor.data_ptr()))
+        self._kept.append(tensor)
+        return tensor
+
+    def floats(self, tensor: Tensor) -> int:
+        """Return the address of an fp32 copy of a small tensor."""
+        copy = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        self._kept.append(copy)
+        return copy.data_ptr()
+
+    def matrix(self, module: nn.Module) -> Any:
+        """Return the native matrix of a linear layer: plain numbers in place, or the bytes of a codec."""
+        packed = getattr(module, "matrix", None)
+        if packed is not None:
+            self._kept.append(module)
+            self.packed = True
+            return packed
+        w_OI = self.weight(module)
+        if w_OI.dim() != 2:
+            raise NotNativeError(f"{type(module).__name__}.weight has {w_OI.dim()} dimensions")
+        return self.core.Matrix(w_OI.data_ptr(), w_OI.shape[0], w_OI.shape[1], _CODECS[w_OI.dtype])
+
+    def linear(self, module: nn.Module) -> Any:
+        """Return a linear layer: ``nn.Linear``, a packed one, or a router with ``weight`` and ``bias``."""
+        bias = getattr(module, "bias", None)
+        return self.core.Linear(self.matrix(module), 0 if bias is None else self.floats(bias))
+
+    def norm(self, module: nn.Module) -> Any:
+        """Return an RMS norm."""
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if eps is None:
+            raise NotNativeError(f"{type(module).__name__} has no epsilon")
+        weight = self.weight(module)
+        return self.core.Norm(weight.data_ptr(), _CODECS[weight.dtype], weight.numel(), float(eps))
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer for :class:`NativeDecoder`.
+
+    Attributes:
+        layer: the native description.
+        moe_layer: its number among the MoE layers, None if it is dense.
+        k: experts per token, 0 if it is dense.
+        rule: its native routing rule.
+    """
+
+    layer: Any
+    moe_layer: int | None = None
+    k: int = 0
+    rule: Any = None
+
+
+class Routed(Protocol):
+    """Told of every routing decision of a step that computed the experts by itself."""
+
+    def __call__(self, moe_layer: int, ids_BK: Tensor, weights_BK: Tensor) -> None: ...
+
+
+class NativeDecoder:
+    """One token for each of B sequences, all layers.
+
+    The experts are computed by ``moe`` between the native halves of each layer (:meth:`step`), or, where every
+    expert has been given to :meth:`set_experts`, by the native core in one call (:meth:`step_all`). Both give
+    the same bits.
+
+    Args:
+        parts: what the layers were made with.
+        plans: all layers.
+        embedding: ``[V, D]`` token embedding. final_norm, head: native norm and linear after the layers.
+        inverse_frequencies: of the rotary embedding. rope_scaling: factor of its cosines and sines.
+        dtype: number format of the model, of its cache and of the logits.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        plans: Sequence[LayerPlan],
+        *,
+        embedding: Tensor,
+        final_norm: Any,
+        head: Any,
+        inverse_frequencies: Sequence[float],
+        rope_scaling: float,
+        dtype: torch.dtype,
+    ) -> None:
+        self.parts = parts
+        self.dtype = dtype
+        self.vocabulary, self.hidden = embedding.shape
+        self.plans = tuple(plans)
+        self._k = tuple(plan.k for plan in plans if plan.moe_layer is not None)
+        self._resident = False
+        self.classes = int(head.rows)
+        self.native = parts.core.Decoder(
+            hidden=self.hidden,
+            vocabulary=self.vocabulary,
+            embedding=embedding.data_ptr(),
+            numbers=_CODECS[dtype],
+            final_norm=final_norm,
+            head=head,
+            inverse_frequencies=list(inverse_frequencies),
+            rope_scaling=rope_scaling,
+            layers=[plan.layer for plan in plans],
+        )
+
+    @property
+    def rules(self) -> dict[int, Any]:
+        """The routing rule of each MoE layer."""
+        return {plan.moe_layer: plan.rule for plan in self.plans if plan.moe_layer is not None}
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether some product is with int8 activations."""
+        return self.parts.packed
+
+    @property
+    def resident(self) -> bool:
+        """Whether :meth:`step_all` can be used."""
+        return self._resident
+
+    def set_experts(self, table: Sequence[tuple[Any, Sequence[Any]]] | None) -> None:
+        """Give (or with None take back) all experts: for each MoE layer its native ``MoELayer`` and ``Expert``
+        objects in ascending id. They must stay valid until they are taken back.
+        """
+        self.native.set_experts([] if table is None else [(layer, list(experts)) for layer, experts in table])
+        self._resident = table is not None
+        self._table = table  # the native side holds no references
+
+    def begin(
+        self, tokens_B: Tensor, positions_B: Tensor, first_B: Tensor, length: int, cache: Sequence[CacheLayer]
+    ) -> "StepBuffers":
+        """Start a step; all three vectors are int64 and contiguous.
+
+        Args:
+            tokens_B: token ids. positions_B: rotary positions. first_B: cache position each sequence begins at.
+            length: positions in the cache before this step.
+            cache: one entry a layer, with room for one more.
+
+        Raises:
+            IndexError: a token id outside the vocabulary.
+        """
+        rows = len(tokens_B)
+        buffers = StepBuffers(rows, self.hidden, self._k, self.classes, self.dtype)
+        addresses = [number for layer in cache for number in layer.native_rows()]
+        self.native.begin(
+            rows,
+            tokens_B.data_ptr(),
+            positions_B.data_ptr(),
+            first_B.data_ptr(),
+            length,
+            addresses,
+            buffers.x_BD.data_ptr(),
+            buffers.ids.data_ptr(),
+            buffers.weights.data_ptr(),
+            buffers.logits_BV.data_ptr(),
+        )
+        return buffers
+
+    def step(self, buffers: "StepBuffers", moe: MoEForward) -> Tensor:
+        """Return the logits ``[B, V]``; ``moe`` computes the experts of each MoE layer."""
+        for index, plan in enumerate(self.plans):
+            self.native.front(index)
+            if plan.moe_layer is not None:
+                ids_BK, weights_BK = buffers.routed(plan.moe_layer)
+                y_BD = moe(plan.moe_layer, buffers.x_BD, ids_BK, weights_BK).float().contiguous()
+                self.native.back(index, y_BD.data_ptr())
+        self.native.head()
+        return buffers.logits_BV
+
+    def step_all(self, buffers: "StepBuffers", routed: Routed | None = None) -> Tensor:
+        """Return the logits ``[B, V]`` of one native call; ``routed`` is told of every layer's choice after it."""
+        self.native.step_all()
+        if routed is not None:
+            for layer in range(len(self._k)):
+                routed(layer, *buffers.routed(layer))
+        return buffers.logits_BV
+
+    def hidden_rows(self, rows: int) -> Tensor:
+        """Return the residual stream ``[B, D]`` of the step under way, in place (for checks)."""
+        stride = self.native.hidden_stride
+        count = (rows - 1) * stride + self.hidden
+        raw = (ctypes.c_float * count).from_address(self.native.hidden)
+        return torch.frombuffer(raw, dtype=torch.float32).as_strided((rows, self.hidden), (stride, 1))
+
+
+class StepBuffers:
+    """What one step reads and writes on the Python side; ``x_BD`` changes with every layer.
+
+    Attributes:
+        x_BD: input of the experts of the layer under way, fp32.
+        ids: chosen experts of all MoE layers, one after another. weights: their weights, fp32.
+        logits_BV: in the model's number format.
+    """
+
+    def __init__(self, rows: int, hidden: int, k: Sequence[int], classes: int, dtype: torch.dtype) -> None:
+        self.x_BD = torch.empty(rows, hidden)
+        self.ids = torch.empty(rows * sum(k), dtype=torch.int64)
+        self.weights = torch.empty(rows * sum(k))
+        self.logits_BV = torch.empty(rows, classes, dtype=dtype)
+        self._rows, self._k = rows, k
+
+    def routed(self, moe_layer: int) -> tuple[Tensor, Tensor]:
+        """Return ids ``[B, K]`` and weights ``[B, K]`` of one MoE layer."""
+        begin, k = self._rows * sum(self._k[:moe_layer]), self._k[moe_layer]
+        end = begin + self._rows * k
+        return self.ids[begin:end].view(self._rows, k), self.weights[begin:end].view(self._rows, k)
+
+
+def parts() -> Parts:
+    """Return a maker of native views.
+
+    Raises:
+        NotNativeError: the native core is not built here.
+    """
+    core = native()
+    if core is None or not hasattr(core, "Decoder"):
+        raise NotNativeError("the native core is not built")
+    return Parts(core)
