@@ -17,7 +17,7 @@ from gangline.traces.recorder import Recorder
 from gangline.traces.texts import Item
 from tiny_models import VOCABULARY, tiny_model
 
-CAUSAL = "mixtral olmoe qwen3_moe gpt_oss deepseek_v3 granitemoe llama4 dbrx jetmoe phimoe".split()
+FAMILIES = "mixtral olmoe qwen3_moe gpt_oss deepseek_v3 granitemoe llama4 dbrx jetmoe phimoe"
 
 
 def items(seed, lengths=(7, 5), labels=None):
@@ -36,7 +36,7 @@ def recorded(model, folder, todo, **header):
     return open_trace(folder)
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", FAMILIES.split())
 def test_trace_holds_what_the_router_says(family, seed, tmp_path):
     """Routing recorded at the experts equals our rule on the logits recorded at the router."""
     model = tiny_model(family, seed, dtype=torch.float32).eval()
