@@ -1,7 +1,7 @@
 """The torch reference kernel: what one expert computes, on weights in any codec.
 
-Shape suffixes: N rows routed to one expert, D hidden, F intermediate, G columns of the gate/up product (2F or
-F).
+Shape suffixes: T tokens, P (token, expert) pairs, N rows routed to one expert, D hidden, F intermediate, G
+columns of the gate/up product (2F or F).
 """
 
 from collections.abc import Callable, Sequence
@@ -86,6 +86,32 @@ class ReferenceKernel:
         if math.down_bias_ED is not None:
             y_ND = y_ND + math.down_bias_ED[expert].to(y_ND.dtype)
         return y_ND if math.post_norm is None else math.post_norm(y_ND)
+
+    def pairs(
+        self,
+        x_TD: Tensor,
+        token_P: Tensor,
+        starts: Sequence[int],
+        weights: Sequence[ExpertWeights],
+        experts: Sequence[int],
+        out_PD: Tensor | None = None,
+    ) -> Tensor:
+        """Return ``[P, D]`` in fp32: every pair's output, not yet weighted.
+
+        Args:
+            x_TD: rows of all tokens.
+            token_P: row of each pair; pairs are sorted by expert.
+            starts: pairs of the i-th expert are ``starts[i]`` to ``starts[i + 1]``; the first is 0.
+            weights: bound weights of the experts.
+            experts: their ids, which choose the biases.
+            out_PD: where to write, fp32; by default a new tensor.
+        """
+        y_PD = x_TD.new_empty(len(token_P), x_TD.shape[1], dtype=torch.float32) if out_PD is None else out_PD
+        for index, expert in enumerate(experts):
+            rows = slice(starts[index], starts[index + 1])
+            if rows.start < rows.stop:
+                y_PD[rows] = self(x_TD[token_P[rows]], weights[index], expert)
+        return y_PD
 
     def _gate_up(self, x_ND: Tensor, weights: ExpertWeights) -> Tensor:
         if not self._split:
