@@ -59,12 +59,12 @@ DecoderLayer make_layer(const Norm& attention_norm, const AttentionSpec& attenti
     return {attention_norm, attention, mlp_norm, router, rule.value_or(RouterRule{}), mlp, shared_gate};
 }
 
-void begin(Decoder& self, int rows, Pointer tokens, Pointer positions, Pointer first, int length,
+void begin(Decoder& self, int rows, Pointer embedded, Pointer positions, Pointer first, int length,
            const std::vector<std::int64_t>& cache, Pointer moe_input, Pointer ids, Pointer weights, Pointer logits) {
     if (cache.size() != 3 * self.spec().layers.size()) throw std::invalid_argument("three numbers for each layer's cache");
     Step step;
     step.rows = rows;
-    step.tokens = at<const std::int64_t>(tokens);
+    step.embedded = at<const void>(embedded);
     step.positions = at<const std::int64_t>(positions);
     step.first = at<const std::int64_t>(first);
     step.length = length;
@@ -162,18 +162,16 @@ void bind_decoder(nb::module_& m) {
     bind_parts(m);
     nb::class_<Decoder>(m, "Decoder", "One decode step of a MoE transformer; see kernels/cpu/decoder.py.")
         .def("__init__",
-             [](Decoder* self, int hidden, int vocabulary, Pointer embedding, const std::string& numbers,
-                const Norm& final_norm, const Linear& head, std::vector<float> inverse_frequencies, float rope_scaling,
-                std::vector<DecoderLayer> layers) {
-                 new (self) Decoder(DecoderSpec{hidden, vocabulary, at<const void>(embedding), plain_format(numbers),
-                                                final_norm, head, std::move(inverse_frequencies), rope_scaling,
+             [](Decoder* self, int hidden, const std::string& numbers, const Norm& final_norm, const Linear& head,
+                std::vector<float> inverse_frequencies, float rope_scaling, std::vector<DecoderLayer> layers) {
+                 new (self) Decoder(DecoderSpec{hidden, plain_format(numbers), final_norm, head, std::move(inverse_frequencies), rope_scaling,
                                                 std::move(layers)});
              },
-             nb::kw_only(), "hidden"_a, "vocabulary"_a, "embedding"_a, "numbers"_a, "final_norm"_a, "head"_a,
+             nb::kw_only(), "hidden"_a, "numbers"_a, "final_norm"_a, "head"_a,
              "inverse_frequencies"_a, "rope_scaling"_a, "layers"_a)
         .def_prop_ro("hidden", [](const Decoder& self) { return reinterpret_cast<Pointer>(self.hidden()); })
         .def_prop_ro("hidden_stride", &Decoder::hidden_stride)
-        .def("begin", &begin, "rows"_a, "tokens"_a, "positions"_a, "first"_a, "length"_a, "cache"_a, "moe_input"_a, "ids"_a,
+        .def("begin", &begin, "rows"_a, "embedded"_a, "positions"_a, "first"_a, "length"_a, "cache"_a, "moe_input"_a, "ids"_a,
              "weights"_a, "logits"_a)
         .def("front",
              [](Decoder& self, int layer) {

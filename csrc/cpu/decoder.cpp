@@ -71,14 +71,12 @@ void Decoder::count_routed() {
 }
 
 void Decoder::begin(const Step& step) {
-    for (int t = 0; t < step.rows; ++t)
-        if (step.tokens[t] < 0 || step.tokens[t] >= spec_.vocabulary) throw std::out_of_range("token id outside the vocabulary");
     step_ = step;
     cut_cache();
     make_buffers();
     find_angles();
     for (int t = 0; t < step.rows; ++t)
-        read_numbers(spec_.embedding, spec_.numbers, step.tokens[t] * spec_.hidden, spec_.hidden, x_.row(t));
+        read_numbers(step.embedded, spec_.numbers, std::ptrdiff_t{t} * spec_.hidden, spec_.hidden, x_.row(t));
 }
 
 void Decoder::cut_cache() {

@@ -1,6 +1,6 @@
 // One decode step of the common skeleton of a MoE transformer: one new token for each of B sequences.
 //
-//   x = embedding row
+//   x = the token's embedding
 //   each layer: x += o(attention(norm(x))); x += experts(norm(x)) + shared(norm(x))  [or a dense network]
 //   logits = head(norm(x))
 //
@@ -49,9 +49,7 @@ struct DecoderLayer {
 
 struct DecoderSpec {
     int hidden = 0;
-    int vocabulary = 0;
-    const void* embedding = nullptr;  // [vocabulary, hidden]
-    Format numbers = Format::f32;     // of the embedding, the cache and the logits: the model's number format
+    Format numbers = Format::f32;  // of embeddings, the cache and the logits: the model's number format
     Norm final_norm;
     Linear head;
     std::vector<float> inverse_frequencies;  // [rotated dimensions / 2]
@@ -69,7 +67,7 @@ struct CacheRows {
 // What one step reads and writes; pointers stay the caller's. L counts MoE layers here.
 struct Step {
     int rows = 0;
-    const std::int64_t* tokens = nullptr;     // [rows]
+    const void* embedded = nullptr;           // [rows, hidden] in DecoderSpec::numbers
     const std::int64_t* positions = nullptr;  // [rows], for the rotary embedding
     const std::int64_t* first = nullptr;      // [rows], first cache position that the row sees: padding lies before it
     int length = 0;                           // positions in the cache before this step
@@ -97,7 +95,7 @@ public:
     float* hidden() const { return x_.data(); }
     std::ptrdiff_t hidden_stride() const { return x_.stride(); }
 
-    // Takes the step's pointers and looks the tokens up. Throws std::out_of_range for a token that is none.
+    // Takes the step's pointers and reads the embeddings.
     void begin(const Step& step);
     // Attention of a layer, its router and shared expert; a dense layer as a whole.
     void front(int layer);

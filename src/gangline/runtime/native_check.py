@@ -48,7 +48,7 @@ class _Seen:
     ``inputs`` and ``outputs`` are of each decoder layer; ``added`` what it added to the residual stream.
     """
 
-    tokens_B: Tensor
+    embedded_BD: Tensor
     positions_B: Tensor
     first_B: Tensor
     layers: list[GrowingLayer]
@@ -79,7 +79,7 @@ def _run_modules(
     model: PreTrainedModel, view: MoEView, decoder: NativeDecoder, generator: torch.Generator
 ) -> _Seen:
     config = model.config
-    ids_BS = torch.randint(decoder.vocabulary, (_SEQUENCES, _PROMPT + 1), generator=generator)
+    ids_BS = torch.randint(decoder.classes, (_SEQUENCES, _PROMPT + 1), generator=generator)
     longest = int(getattr(config, "max_position_embeddings", 0) or 4096)
     gaps_BS = torch.randint(1, max(2, min(16, longest // (2 * _PROMPT))), ids_BS.shape, generator=generator)
     positions_BS = gaps_BS.cumsum(1)
@@ -89,7 +89,7 @@ def _run_modules(
     if not adopt_cache(cache, len(decoder.plans), None):
         raise NotNativeError(f"a cache of {', '.join(sorted({type(x).__name__ for x in cache.layers}))}")
     seen = _Seen(
-        ids_BS[:, -1].contiguous(),
+        embed(model, decoder, ids_BS[:, -1:]),
         positions_BS[:, -1].contiguous(),
         torch.tensor([_PADDING, 0]),
         cast("list[GrowingLayer]", cache.layers),
@@ -117,6 +117,12 @@ def _run_modules(
     return seen
 
 
+def embed(model: PreTrainedModel, decoder: NativeDecoder, ids_B1: Tensor) -> Tensor:
+    """Return the embeddings ``[B, D]`` of one token a sequence, looked up by the model's own module."""
+    x_B1D: Tensor = model.get_input_embeddings()(ids_B1)
+    return x_B1D.reshape(len(ids_B1), -1).to(decoder.dtype).contiguous()
+
+
 def _nothing(seen: _Seen, layer: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def forward(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         seen.routed[layer] = (x_TD, ids_TK, weights_TK)
@@ -135,7 +141,7 @@ def _watch(model: PreTrainedModel, seen: _Seen, stack: ExitStack) -> None:
 
     def adding(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         value = output[0] if isinstance(output, tuple) else output
-        seen.added[-1] = seen.added[-1] + value.reshape(len(seen.tokens_B), -1).float()
+        seen.added[-1] = seen.added[-1] + value.reshape(len(seen.embedded_BD), -1).float()
 
     def leaving(_module: nn.Module, args: tuple[Any, ...]) -> None:
         seen.last = args[0][:, -1].float()
@@ -149,10 +155,10 @@ def _watch(model: PreTrainedModel, seen: _Seen, stack: ExitStack) -> None:
 
 
 def _compare(decoder: NativeDecoder, seen: _Seen) -> None:
-    rows = len(seen.tokens_B)
+    rows = len(seen.embedded_BD)
     length = seen.layers[0].get_seq_length()
     tolerance = TOLERANCE[torch.bfloat16 if decoder.rounds_activations else decoder.dtype]
-    buffers = decoder.begin(seen.tokens_B, seen.positions_B, seen.first_B, length, seen.layers)
+    buffers = decoder.begin(seen.embedded_BD, seen.positions_B, seen.first_B, length, seen.layers)
     hidden_BD = decoder.hidden_rows(rows)
     _close(hidden_BD, seen.inputs[0], tolerance, "the token embedding")
     nothing_BD = torch.zeros(rows, decoder.hidden)

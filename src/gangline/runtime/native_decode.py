@@ -21,7 +21,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from gangline.kernels.cpu.decoder import NativeDecoder, NotNativeError
 from gangline.models import MoEView
 from gangline.runtime.native_cache import GrowingLayer, adopt_cache, growing_layers
-from gangline.runtime.native_check import check_native
+from gangline.runtime.native_check import check_native, embed
 from gangline.runtime.native_skeleton import native_decoder
 
 logger = logging.getLogger(__name__)
@@ -146,10 +146,9 @@ class NativeDecode:
             return None
         first_B = _first_visible(kwargs.get("attention_mask"), rows, length + 1)
         positions_B = _positions(kwargs.get("position_ids"), rows, length)
-        tokens_B = ids_BT.reshape(-1).to(torch.int64)
-        if first_B is None or positions_B is None or not _all_known(tokens_B, self.decoder.vocabulary):
+        if first_B is None or positions_B is None:
             return None
-        return lambda: self._run(cache, layers, tokens_B, positions_B, first_B, length)
+        return lambda: self._run(cache, layers, ids_BT, positions_B, first_B, length)
 
     def _plain(self, kwargs: dict[str, Any]) -> bool:
         """Whether nothing is asked for but the logits of the new token."""
@@ -174,7 +173,7 @@ class NativeDecode:
         self,
         cache: DynamicCache,
         layers: list[GrowingLayer],
-        tokens_B: Tensor,
+        ids_B1: Tensor,
         positions_B: Tensor,
         first_B: Tensor,
         length: int,
@@ -183,7 +182,8 @@ class NativeDecode:
         with self._lock:
             for layer in layers:
                 layer.make_room(1)
-            buffers = decoder.begin(tokens_B, positions_B, first_B, length, layers)
+            embedded_BD = embed(self._model, decoder, ids_B1)
+            buffers = decoder.begin(embedded_BD, positions_B, first_B, length, layers)
             if decoder.resident:
                 logits_BV = decoder.step_all(buffers, self._moe.routed)
             else:
@@ -214,11 +214,6 @@ def _positions(position_ids: Any, rows: int, length: int) -> Tensor | None:
     if not isinstance(position_ids, Tensor) or position_ids.shape not in ((rows, 1), (1, 1)):
         return None
     return position_ids.reshape(-1).to(torch.int64).expand(rows).contiguous()
-
-
-def _all_known(tokens_B: Tensor, vocabulary: int) -> bool:
-    """Whether all ids are tokens; others get their error from the modules."""
-    return all(0 <= token < vocabulary for token in tokens_B.tolist())
 
 
 def _replaced_forwards(model: nn.Module) -> set[int]:

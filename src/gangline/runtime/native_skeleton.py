@@ -33,16 +33,13 @@ def native_decoder(model: PreTrainedModel, view: MoEView) -> NativeDecoder:
         NotNativeError: naming what the native core does not know.
     """
     made = parts()
-    if model.device.type != "cpu" or model.config.is_encoder_decoder:
-        raise NotNativeError(f"a {type(model).__name__} on {model.device}")
+    if model.config.is_encoder_decoder:
+        raise NotNativeError("it has an encoder")
     config = model.config
     body = _child(model, "model")
     _only(body, {"embed_tokens", "layers", "norm", "rotary_emb"})
     _only(model, {"model", "lm_head"})
     blocks = {id(block.parent): block for block in view.blocks}
-    embedding = made.weight(_child(body, "embed_tokens"))
-    if embedding.dtype != model.dtype or type(_child(body, "embed_tokens")) is not nn.Embedding:
-        raise NotNativeError(f"token embeddings in {embedding.dtype} by {type(body.embed_tokens).__name__}")
     layers = cast("Iterable[nn.Module]", _child(body, "layers"))
     plans = [_layer(made, config, layer, index, blocks) for index, layer in enumerate(layers)]
     if sum(plan.moe_layer is not None for plan in plans) != len(view.blocks):
@@ -51,7 +48,7 @@ def native_decoder(model: PreTrainedModel, view: MoEView) -> NativeDecoder:
     return NativeDecoder(
         made,
         plans,
-        embedding=embedding,
+        hidden=int(config.hidden_size),
         final_norm=made.norm(_child(body, "norm")),
         head=made.linear(_child(model, "lm_head")),
         inverse_frequencies=frequencies,
@@ -131,7 +128,8 @@ def _shared(made: Parts, config: Any, block: MoEBlock) -> tuple[Any, Any]:
     names = {"shared_expert", "shared_experts"} & {name for name, _ in block.parent.named_children()}
     router = {(block.router_name or "").removeprefix(f"{block.parent_name}.")}
     experts = {block.name.removeprefix(f"{block.parent_name}.")}
-    _only(block.parent, names | router | experts | {"shared_expert_gate"})
+    known = names | router | experts | {"shared_expert_gate"}
+    _only(block.parent, known, parameters={"e_score_correction_bias", "expert_bias"})
     gate = getattr(block.parent, "shared_expert_gate", None)
     if not names:
         return None, None
@@ -143,7 +141,7 @@ def _router(made: Parts, block: MoEBlock) -> Any:
     router = block.router
     if router is None or block.router_spec is None:
         raise NotNativeError(f"the router of {block.parent_name}: {block.router_reason or 'there is none'}")
-    _only(router, set(), parameters={"weight", "bias", "e_score_correction_bias", "per_expert_scale"})
+    _only(router, {"moe_statics"}, parameters={"weight", "bias", "e_score_correction_bias", "per_expert_scale"})
     return made.linear(router)
 
 

@@ -136,7 +136,7 @@ class NativeDecoder:
     Args:
         parts: what the layers were made with.
         plans: all layers.
-        embedding: ``[V, D]`` token embedding. final_norm, head: native norm and linear after the layers.
+        hidden: D. final_norm, head: native norm and linear after the layers.
         inverse_frequencies: of the rotary embedding. rope_scaling: factor of its cosines and sines.
         dtype: number format of the model, of its cache and of the logits.
     """
@@ -146,7 +146,7 @@ class NativeDecoder:
         parts: Parts,
         plans: Sequence[LayerPlan],
         *,
-        embedding: Tensor,
+        hidden: int,
         final_norm: Any,
         head: Any,
         inverse_frequencies: Sequence[float],
@@ -155,15 +155,13 @@ class NativeDecoder:
     ) -> None:
         self.parts = parts
         self.dtype = dtype
-        self.vocabulary, self.hidden = embedding.shape
+        self.hidden = hidden
         self.plans = tuple(plans)
         self._k = tuple(plan.k for plan in plans if plan.moe_layer is not None)
         self._resident = False
         self.classes = int(head.rows)
         self.native = parts.core.Decoder(
             hidden=self.hidden,
-            vocabulary=self.vocabulary,
-            embedding=embedding.data_ptr(),
             numbers=_CODECS[dtype],
             final_norm=final_norm,
             head=head,
@@ -196,24 +194,22 @@ class NativeDecoder:
         self._table = table  # the native side holds no references
 
     def begin(
-        self, tokens_B: Tensor, positions_B: Tensor, first_B: Tensor, length: int, cache: Sequence[CacheLayer]
+        self, embedded_BD: Tensor, positions_B: Tensor, first_B: Tensor, length: int, cache: Sequence[CacheLayer]
     ) -> "StepBuffers":
-        """Start a step; all three vectors are int64 and contiguous.
+        """Start a step; all tensors are contiguous.
 
         Args:
-            tokens_B: token ids. positions_B: rotary positions. first_B: cache position each sequence begins at.
+            embedded_BD: embeddings of the tokens in the model's number format.
+            positions_B: rotary positions, int64. first_B: cache position each sequence begins at, int64.
             length: positions in the cache before this step.
             cache: one entry a layer, with room for one more.
-
-        Raises:
-            IndexError: a token id outside the vocabulary.
         """
-        rows = len(tokens_B)
+        rows = len(embedded_BD)
         buffers = StepBuffers(rows, self.hidden, self._k, self.classes, self.dtype)
         addresses = [number for layer in cache for number in layer.native_rows()]
         self.native.begin(
             rows,
-            tokens_B.data_ptr(),
+            embedded_BD.data_ptr(),
             positions_B.data_ptr(),
             first_B.data_ptr(),
             length,
