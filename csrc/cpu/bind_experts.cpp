@@ -104,7 +104,7 @@ void linear_of(const Matrix& matrix, Address x, const std::string& x_dtype, int 
 }
 
 void combine_of(Address y, Address token_ids, Address weights, int pairs, int tokens, int hidden, Address out,
-                const std::string& out_dtype) {
+                const std::string& out_dtype, bool accumulate) {
     const nb::gil_scoped_release released;
     CombineCall call;
     call.y = reinterpret_cast<const float*>(y);
@@ -115,6 +115,7 @@ void combine_of(Address y, Address token_ids, Address weights, int pairs, int to
     call.hidden = hidden;
     call.out = reinterpret_cast<void*>(out);
     call.out_dtype = parse_dtype(out_dtype);
+    call.accumulate = accumulate;
     combine(call);
 }
 
@@ -145,7 +146,9 @@ void bind_experts(nb::module_& m) {
           nb::arg("y_dtype"), nb::arg("bias") = 0, "Compute y = x @ w.T + bias; bias: fp32 [rows] or 0.");
     m.def("combine", &combine_of, nb::arg("y"), nb::arg("token_ids"), nb::arg("weights"), nb::arg("pairs"),
           nb::arg("tokens"), nb::arg("hidden"), nb::arg("out"), nb::arg("out_dtype"),
-          "Compute out [tokens, hidden]: each token's weighted sum of its pairs, in their order.");
+          nb::arg("accumulate") = false,
+          "Compute out [tokens, hidden]: each token's weighted sum of its pairs, in their order, from zero or (accumulate, "
+          "fp32 only) from what is there.");
     m.def("experts_scratch_bytes",
           [](const ExpertsLayer& layer, const Expert& expert, int tokens, int pairs) {
               return experts_scratch_bytes(layer, expert, tokens, pairs, threads());

@@ -132,8 +132,14 @@ struct PairsOfTokens {
 };
 
 void combine_part(const CombineCall& call, const PairsOfTokens& sorted, int token, int col_begin, int count) {
+    const int first = sorted.first.data()[token], last = sorted.first.data()[token + 1];
+    if (call.accumulate && first == last) return;
     float sum[combine_columns] = {};
-    for (int i = sorted.first.data()[token]; i < sorted.first.data()[token + 1]; ++i) {
+    if (call.accumulate) {
+        const float* before = static_cast<const float*>(call.out) + std::ptrdiff_t{token} * call.hidden + col_begin;
+        std::copy(before, before + count, sum);
+    }
+    for (int i = first; i < last; ++i) {
         const int pair = sorted.pairs.data()[i];
         const float* y = call.y + std::ptrdiff_t{pair} * call.hidden + col_begin;
         kernels().rows.accumulate(call.weights[pair], y, sum, count);
@@ -152,6 +158,9 @@ void combine(const CombineCall& call) {
                                         std::to_string(call.token_of_pair[p]) + ", but there are " +
                                         std::to_string(call.tokens));
         }
+    }
+    if (call.accumulate && call.out_dtype != Dtype::f32) {
+        throw std::invalid_argument("sums can go on only in fp32");
     }
     static std::mutex one_caller;
     static PairsOfTokens sorted;

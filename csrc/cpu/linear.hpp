@@ -59,6 +59,7 @@ struct CombineCall {
     int hidden = 0;
     void* out = nullptr;       // [tokens, hidden]
     Dtype out_dtype = Dtype::f32;
+    bool accumulate = false;   // go on from the sums in `out` (fp32) instead of from zero
 };
 
 // Throws std::invalid_argument where a pair's token does not exist.

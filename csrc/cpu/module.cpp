@@ -10,9 +10,14 @@
 namespace nb = nanobind;
 
 NB_MODULE(_native, m) {
+    // At exit the interpreter drops modules in no fixed order: objects that models still hold then are no leaks.
+    nb::set_leak_warnings(false);
     m.doc() = "Native CPU core of gangline.";
     m.def("cpu_features", &gangline::cpu_features,
           "Return name -> bool for every instruction set extension known on this architecture; true where both the "
           "processor and the operating system support it.");
     gangline::bind_tiles(m);
+    gangline::bind_experts(m);
+    gangline::bind_encode(m);
+    gangline::bind_decoder(m);
 }

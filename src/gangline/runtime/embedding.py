@@ -71,6 +71,13 @@ def leave_in_file(table: nn.Embedding) -> Callable[[], None]:
     return undo
 
 
+def give_back(weight_OI: Tensor) -> None:
+    """Give the pages of a weight that is not needed any more back to its file, if it is mapped from one."""
+    pages = _TablePages(weight_OI)
+    if pages.nbytes and sys.platform.startswith("linux") and pages.mapped_from_file():
+        pages.release(0, weight_OI.shape[0] - 1)
+
+
 class _BoundedLookup:
     """``nn.Embedding.forward`` on a mapped weight, part by part."""
 

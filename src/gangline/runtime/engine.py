@@ -14,21 +14,34 @@ from gangline.core.events import Phase, RoutingEvent
 from gangline.core.geometry import MoEGeometry
 from gangline.core.keys import ExpertKey
 from gangline.core.tiers import Priority
-from gangline.kernels.grouping import group_by_expert
+from gangline.kernels.grouping import Grouping, group_by_expert
+from gangline.kernels.sums import accumulate
 from gangline.runtime.store import EventLease, ExpertStore
 
 # A prompt chunk that brings this many pairs per expert uses nearly every expert of the next layer as well.
 _DENSE_PAIRS_PER_EXPERT = 2
+# Experts of one call for a prompt: enough work for all threads, few enough outputs to hold.
+_RUN_EXPERTS = 8
 
 
 class ExpertKernel(Protocol):
-    """Computes one expert on bound weights (see ``kernels.reference``)."""
+    """Computes experts on bound weights (see ``kernels.reference`` and ``kernels.cpu.native_kernel``)."""
 
     def bind(self, raws: Sequence[Tensor]) -> Any:
         """Wrap the raw bytes of one expert."""
 
-    def __call__(self, x_ND: Tensor, weights: Any, expert: int) -> Tensor:
-        """Return ``[N, D]``."""
+    def pairs(
+        self,
+        x_TD: Tensor,
+        token_P: Tensor,
+        starts: Sequence[int],
+        weights: Sequence[Any],
+        experts: Sequence[int],
+    ) -> Tensor:
+        """Return ``[P, D]`` in fp32: for each pair its expert's output for its token, not yet weighted.
+
+        The pairs of ``experts[i]``, whose bound matrices are ``weights[i]``, are ``starts[i]:starts[i + 1]``.
+        """
 
 
 class Engine:
@@ -68,35 +81,43 @@ class Engine:
         if layer <= self._last_layer:
             self._step += 1
         self._last_layer = layer
-        if x_TD.shape[0] == 1:
-            return self._one_token(layer, x_TD, ids_TK, weights_TK)
-        return self._many_tokens(layer, x_TD, ids_TK, weights_TK)
-
-    def _one_token(self, layer: int, x_1D: Tensor, ids_1K: Tensor, weights_1K: Tensor) -> Tensor:
-        experts = self._layers[layer].experts
-        mix = dict(zip(ids_1K[0].tolist(), weights_1K[0].tolist(), strict=True))
-        ids = tuple(sorted(e for e in mix if 0 <= e < experts))
-        event = RoutingEvent(self._step, layer, self.phase, 1, ids, (1,) * len(ids))
-        kernel = self._kernels[layer]
-        outputs: dict[int, Tensor] = {}
-        with self._store.lease(event) as lease:
-            for expert, weights in lease:
-                outputs[expert] = kernel(x_1D, weights, expert)
-        out_1D = torch.zeros(x_1D.shape, dtype=torch.float32)
-        for expert in ids:
-            out_1D.add_(outputs[expert], alpha=mix[expert])
-        return out_1D.to(x_1D.dtype)
-
-    def _many_tokens(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         grouping = group_by_expert(ids_TK, weights_TK, self._layers[layer].experts)
         event = RoutingEvent(self._step, layer, self.phase, x_TD.shape[0], grouping.experts, grouping.counts)
         out_TD = torch.zeros(x_TD.shape, dtype=torch.float32)
-        kernel = self._kernels[layer]
-        with self._store.lease(event, in_order=True) as lease:
-            for index, (expert, weights) in enumerate(lease):
-                grouping.add(index, kernel(x_TD[grouping.tokens(index)], weights, expert), out_TD)
-                self._prefetch_next_layer(event, lease)
+        if x_TD.shape[0] == 1:
+            self._one_token(event, grouping, x_TD, out_TD)
+        else:
+            self._many_tokens(event, grouping, x_TD, out_TD)
         return out_TD.to(x_TD.dtype)
+
+    def _one_token(self, event: RoutingEvent, grouping: Grouping, x_1D: Tensor, out_1D: Tensor) -> None:
+        """Compute hits first and misses as they arrive; sum when all are there."""
+        kernel, row = self._kernels[event.layer], {e: n for n, e in enumerate(grouping.experts)}
+        y_PD = torch.empty(len(row), x_1D.shape[1], dtype=torch.float32)
+        with self._store.lease(event) as lease:
+            for batch in lease.batches():
+                batch.sort(key=lambda bound: bound[0])
+                experts = [expert for expert, _ in batch]
+                token_P = grouping.token_P[: len(batch)]  # all zeros: there is one token
+                weights = [bound for _, bound in batch]
+                y = kernel.pairs(x_1D, token_P, range(len(batch) + 1), weights, experts)
+                if len(batch) == len(row):
+                    y_PD = y
+                else:
+                    y_PD[[row[expert] for expert in experts]] = y
+        accumulate(y_PD, grouping, out_1D)
+
+    def _many_tokens(self, event: RoutingEvent, grouping: Grouping, x_TD: Tensor, out_TD: Tensor) -> None:
+        """Compute runs of experts in ascending id, and add each run up before the next."""
+        kernel, index = self._kernels[event.layer], 0
+        with self._store.lease(event, in_order=True) as lease:
+            for batch in lease.batches(_RUN_EXPERTS):
+                part = grouping.part(index, index + len(batch))
+                weights = [bound for _, bound in batch]
+                y_PD = kernel.pairs(x_TD, part.token_P, part.starts, weights, part.experts)
+                accumulate(y_PD, part, out_TD)
+                index += len(batch)
+                self._prefetch_next_layer(event, lease)
 
     def _prefetch_next_layer(self, event: RoutingEvent, lease: EventLease) -> None:
         """Keep the disk busy across the attention of the next layer, where a prompt will use all experts."""

@@ -16,7 +16,7 @@ from gangline.core.home import cache_dir
 from gangline.core.keys import ExpertKey
 from gangline.core.layout import ExpertCatalog
 from gangline.core.tiers import Priority
-from gangline.kernels.reference import ReferenceKernel
+from gangline.kernels.choice import expert_kernel, set_native_threads
 from gangline.models import MoEView, check_conformance, expert_math, install
 from gangline.policies.caches import CachePolicy, LayerLRU, RandomEviction
 from gangline.runtime.engine import Engine
@@ -51,12 +51,13 @@ def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
     asked = LoadOptions(**options)
     if asked.threads is not None:
         torch.set_num_threads(asked.threads)
+    set_native_threads(torch.get_num_threads())
     opened = _open(model, asked, need_weights=True)
     plan, _ = _plan(opened, asked)
     for note in plan.notes:
         logger.warning("%s: %s", opened.name, note)
     catalog = _catalog(opened, codec_of(asked.precision), asked.progress)
-    loaded, view = opened.load_dense()
+    loaded, view = opened.load_dense(codec_of(asked.precision))
     check_conformance(view)
     if opened.gguf is not None:
         loaded.config.name_or_path = str(opened.gguf.path)
@@ -110,7 +111,7 @@ def run_from_store(
 ) -> PreTrainedModel:
     """Make a model without expert matrices compute its experts from ``catalog`` within ``plan``."""
     kernels = [
-        ReferenceKernel(layout, expert_math(block))
+        expert_kernel(layout, expert_math(block))
         for layout, block in zip(catalog.layouts, view.blocks, strict=True)
     ]
     files = ExpertFiles(catalog.files, io)

@@ -19,6 +19,7 @@ from gangline.core.errors import UsageError
 from gangline.core.layout import ExpertCatalog, ExpertLayout
 from gangline.models import MoEView
 from gangline.runtime.dense import build_skeleton, load_dense, model_class, read_config, strip_quantization
+from gangline.runtime.dense_packing import pack_linears, with_packed_linears
 from gangline.runtime.files import ALIGN
 from gangline.runtime.footprint import Footprint, measure_footprint
 from gangline.runtime.read_plan import plan_reads
@@ -83,17 +84,24 @@ class OpenedModel:
             sizes = largest_reads(catalog, ALIGN)
         else:  # an expert pack: one aligned record an expert
             sizes = _level([_up(layout.nbytes, ALIGN) for layout in layouts])
-        return measure_footprint(
+        plain = measure_footprint(
             self.skeleton, self.dtype, self.view.geometry, layouts, tuple(sizes), self.mapped
         )
+        if codec is None:
+            return plain
+        return with_packed_linears(plain, self.skeleton, self.view, codec)
 
-    def load_dense(self) -> tuple[PreTrainedModel, MoEView]:
-        """Load everything but the experts."""
+    def load_dense(self, codec: str | None) -> tuple[PreTrainedModel, MoEView]:
+        """Load everything but the experts; with a codec, its linear layers are packed."""
         if self.gguf is not None:
             tensors = dict(self.gguf.dense_tensors(self.dtype))
-            return load_dense(self.cls, self.config, self.dtype, tensors=tensors)
-        assert self.folder is not None
-        return load_dense(self.cls, self.config, self.dtype, folder=self.folder)
+            model, view = load_dense(self.cls, self.config, self.dtype, tensors=tensors)
+        else:
+            assert self.folder is not None
+            model, view = load_dense(self.cls, self.config, self.dtype, folder=self.folder)
+        if codec is not None:
+            pack_linears(model, view, codec)
+        return model, view
 
     @cached_property
     def identity(self) -> str:
