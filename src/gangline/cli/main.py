@@ -14,6 +14,8 @@ from gangline.cli.cmd_convert import convert
 from gangline.cli.cmd_doctor import doctor
 from gangline.cli.cmd_plan import plan
 from gangline.cli.cmd_run import run
+from gangline.cli.cmd_simulate import simulate
+from gangline.cli.cmd_trace import trace
 from gangline.cli.command import command
 from gangline.cli.group import GanglineGroup
 
@@ -48,6 +50,6 @@ def _top(
     """Run Mixture-of-Experts models within the memory you have."""
 
 
-for body in (doctor, plan, run, chat, check, bench, convert):
+for body in (doctor, plan, run, chat, check, bench, trace, simulate, convert):
     command(app, body.__name__)(body)
 app.add_typer(cache)

@@ -57,7 +57,7 @@ class Runtime:
     Attributes:
         plan: where every byte of the budget goes.
         catalog: where the experts are read.
-        geometry: the MoE layers.
+        view: the model's MoE layers, and geometry: their sizes.
         attached: whether the model was built by somebody else and gets its experts back on ``close``.
     """
 
@@ -72,6 +72,7 @@ class Runtime:
     ) -> None:
         self.plan = plan
         self.catalog = catalog
+        self.view = view
         self.geometry: MoEGeometry = view.geometry
         self._model = model
         self._store: ExpertStore | None = store

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from gangline.models import find_moe, stored_fields
+from gangline.models import stored_fields
 from gangline.traces.header import Extra, Mode, Source, TraceHeader, TraceLayer
-from gangline.traces.hooks import Stack, observed_part
+from gangline.traces.hooks import Stack, moe_view, observed_part
 
 _VERSIONS = ("gangline", "torch", "transformers")
 
@@ -65,7 +65,7 @@ def describe_recording(
     template = getattr(tokenizer, "chat_template", None)
     return TraceHeader(
         model=name,
-        family=find_moe(model).family,
+        family=moe_view(model).family,
         layers=tuple(layers),
         mode=mode,
         extras=tuple(extras),

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from gangline.models import MoEBlock, find_moe
+from gangline.models import MoEBlock, MoEView, find_moe
 from gangline.traces.header import TraceError
 from gangline.traces.observer import LayerRouting, RoutingObserver
 
@@ -51,7 +51,7 @@ def observed_part(model: nn.Module, stack: Stack | None = None) -> tuple[nn.Modu
     Raises:
         UnsupportedModelError, TraceError: as for :func:`observe`.
     """
-    blocks = find_moe(model).blocks
+    blocks = moe_view(model).blocks
     both = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     if not both:
         if stack not in (None, "model"):
@@ -68,6 +68,16 @@ def observed_part(model: nn.Module, stack: Stack | None = None) -> tuple[nn.Modu
     if not blocks:
         raise TraceError(f"the {stack} of {type(model).__name__} has no MoE layer; record the other part")
     return root, blocks
+
+
+def moe_view(model: nn.Module) -> MoEView:
+    """Return the MoE layers of a model, also of one whose experts gangline holds.
+
+    Raises:
+        UnsupportedModelError: the model's experts are not understood.
+    """
+    runtime = getattr(model, "gangline", None)
+    return find_moe(model) if runtime is None else cast(MoEView, runtime.view)
 
 
 class _Watcher:
