@@ -5,6 +5,7 @@
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 
 #include "float_rows.inl.hpp"
+#include "ggml_rows.inl.hpp"
 #include "quantize_rows.inl.hpp"
 #include "row_ops.inl.hpp"
 #include "tile_rows.inl.hpp"
@@ -18,7 +19,7 @@ constexpr Kernels table = {
     {float_matmul<F32Weights>, float_matmul<F16Weights>, float_matmul<Bf16Weights>,
      matmul_tiles<Avx512Vnni, Format::tile_int2>, matmul_tiles<Avx512Vnni, Format::tile_int3>, matmul_tiles<Avx512Vnni, Format::tile_int4>,
      matmul_tiles<Avx512Vnni, Format::tile_int8>, matmul_tiles<Avx512Vnni, Format::tile_mxfp4>,
-     nullptr, nullptr, nullptr},
+     ggml_matmul<Q4_0>, ggml_matmul<Q8_0>, ggml_matmul<Q4_K>},
     quantize_rows<Avx512Vnni>,
     row_ops,
 };

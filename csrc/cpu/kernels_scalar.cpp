@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "float_rows.inl.hpp"
+#include "ggml_rows.inl.hpp"
 #include "kernels.hpp"
 #include "row_ops.inl.hpp"
 #include "tile_layout.hpp"
@@ -127,9 +128,10 @@ void quantize_rows(const float* x, std::ptrdiff_t stride, int tokens, int cols, 
 
 constexpr Kernels table = {
     "scalar",
-    {float_matmul<F32Weights>, float_matmul<F16Weights>, float_matmul<Bf16Weights>, matmul_tiles<Format::tile_int2>, matmul_tiles<Format::tile_int3>,
-     matmul_tiles<Format::tile_int4>, matmul_tiles<Format::tile_int8>, matmul_tiles<Format::tile_mxfp4>, nullptr, nullptr,
-     nullptr},
+    {float_matmul<F32Weights>, float_matmul<F16Weights>, float_matmul<Bf16Weights>,
+     matmul_tiles<Format::tile_int2>, matmul_tiles<Format::tile_int3>, matmul_tiles<Format::tile_int4>,
+     matmul_tiles<Format::tile_int8>, matmul_tiles<Format::tile_mxfp4>,
+     ggml_matmul<Q4_0>, ggml_matmul<Q8_0>, ggml_matmul<Q4_K>},
     quantize_rows,
     row_ops,
 };

@@ -1,6 +1,7 @@
 """Random experts in any codec for tests, and what they must compute.
 
-Shape suffixes: T tokens, K experts per token, P pairs, D hidden, F intermediate, G gate/up columns, E experts.
+Shape suffixes: T tokens, K experts per token, P pairs, N pairs of one expert, D hidden, F intermediate, G
+gate/up columns, E experts.
 """
 
 from collections.abc import Callable

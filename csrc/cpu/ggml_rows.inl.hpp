@@ -1,0 +1,320 @@
+// y = x W^T for rows of ggml blocks (Q4_0, Q8_0, Q4_K) as they lie in a GGUF file, with activations rounded to int8 in
+// groups of 32: exact integer dot products within a block, fp32 between blocks, in ascending order whatever the block of rows
+// and tokens. Blocks need no alignment.
+//
+//   Q4_0  32 weights, 18 bytes: fp16 d, 16 bytes of nibbles (low ones first): d * (q - 8)
+//   Q8_0  32 weights, 34 bytes: fp16 d, 32 signed bytes: d * q
+//   Q4_K  256 weights, 144 bytes: fp16 d, fp16 dmin, 12 bytes of 6-bit scales s and mins m of 8 groups, then for each two
+//         groups 32 bytes of nibbles (low ones first): d * s * q - dmin * m
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "matrix.hpp"
+#include "vec.inl.hpp"
+
+namespace gangline {
+namespace {
+
+constexpr int ggml_block = 32;  // activations that share a scale
+constexpr int q4_0_bytes = 18;
+constexpr int q8_0_bytes = 34;
+constexpr int q4_k_bytes = 144;
+constexpr int q4_k_groups = 8;
+constexpr int q4_k_codes = 16;  // where the nibbles begin
+
+inline std::uint16_t half_bits_at(const std::uint8_t* p) {
+    std::uint16_t bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return bits;
+}
+
+// Scales and mins of a Q4_K block, one a byte: the first four are the low 6 bits of the bytes 0-3 and 4-7; the last four have
+// their low nibbles in the bytes 8-11 and their upper bits on top of the others.
+struct SixBits {
+    std::uint64_t scales, mins;
+};
+inline SixBits six_bits(const std::uint8_t* p) {
+    std::uint32_t a, b, c;
+    std::memcpy(&a, p, 4);
+    std::memcpy(&b, p + 4, 4);
+    std::memcpy(&c, p + 8, 4);
+    const std::uint64_t scales = (c & 0x0f0f0f0fu) | ((a >> 2) & 0x30303030u);
+    const std::uint64_t mins = ((c >> 4) & 0x0f0f0f0fu) | ((b >> 2) & 0x30303030u);
+    return {scales << 32 | (a & 0x3f3f3f3fu), mins << 32 | (b & 0x3f3f3f3fu)};
+}
+
+#if !defined(GANGLINE_SCALAR) && defined(__AVX2__)
+
+// The eight partial sums of 32 products, added to `start`: unsigned bytes times signed ones.
+inline __m256i dot_unsigned(__m256i start, __m256i w, __m256i q) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_dpbusd_epi32(start, w, q);
+#else
+    // Two products of at most 15 * 127 fit 16 bits.
+    const __m256i pairs = _mm256_maddubs_epi16(w, q);
+    return _mm256_add_epi32(start, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#endif
+}
+
+inline __m256i low_nibbles(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
+
+inline __m256i load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+inline __m256i in_first_lane(std::int32_t value) { return _mm256_zextsi128_si256(_mm_cvtsi32_si128(value)); }
+
+// fp16 numbers `step` bytes apart, as floats; `count` of at most eight.
+inline __m256 halves_as_floats(const std::uint8_t* p, int step, int count) {
+    if (count < 8) {
+        std::uint16_t bits[8] = {};
+        for (int i = 0; i < count; ++i) bits[i] = half_bits_at(p + i * step);
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bits)));
+    }
+    __m128i bits = _mm_cvtsi32_si128(half_bits_at(p));
+    bits = _mm_insert_epi16(bits, half_bits_at(p + step), 1);
+    bits = _mm_insert_epi16(bits, half_bits_at(p + 2 * step), 2);
+    bits = _mm_insert_epi16(bits, half_bits_at(p + 3 * step), 3);
+    bits = _mm_insert_epi16(bits, half_bits_at(p + 4 * step), 4);
+    bits = _mm_insert_epi16(bits, half_bits_at(p + 5 * step), 5);
+    bits = _mm_insert_epi16(bits, half_bits_at(p + 6 * step), 6);
+    bits = _mm_insert_epi16(bits, half_bits_at(p + 7 * step), 7);
+    return _mm256_cvtph_ps(bits);
+}
+
+inline float sum_lanes(__m256 v) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+inline void ask_for(const std::uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
+struct Q4_0 {
+    static constexpr int bytes = q4_0_bytes;
+    static __m256i weights(const std::uint8_t* block) {
+        const __m128i nibbles = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 2));
+        return low_nibbles(_mm256_set_m128i(_mm_srli_epi16(nibbles, 4), nibbles));
+    }
+    static __m256i start(std::int32_t sum) { return in_first_lane(-8 * sum); }
+    static __m256i dot(__m256i start, __m256i w, __m256i q) { return dot_unsigned(start, w, q); }
+};
+
+struct Q8_0 {
+    static constexpr int bytes = q8_0_bytes;
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    static __m256i weights(const std::uint8_t* block) {
+        return _mm256_xor_si256(load_bytes(block + 2), _mm256_set1_epi8(-128));
+    }
+    static __m256i start(std::int32_t sum) { return in_first_lane(-128 * sum); }
+    static __m256i dot(__m256i start, __m256i w, __m256i q) { return dot_unsigned(start, w, q); }
+#else
+    static __m256i weights(const std::uint8_t* block) { return load_bytes(block + 2); }
+    static __m256i start(std::int32_t) { return _mm256_setzero_si256(); }
+    static __m256i dot(__m256i, __m256i w, __m256i q) {
+        // |w| times q with w's sign; two products of at most 128 * 127 fit 16 bits.
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(q, w));
+        return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    }
+#endif
+};
+
+// R rows and T tokens of a format whose blocks have one scale. Scales are prepared for eight blocks at a time.
+template <class Format, int R, int T>
+inline void small_blocks(const std::uint8_t* w, std::ptrdiff_t row_bytes, int blocks, const Activations& x, int token,
+                         float* y, std::ptrdiff_t y_stride) {
+    __m256 acc[R][T];
+    for (int r = 0; r < R; ++r)
+        for (int t = 0; t < T; ++t) acc[r][t] = _mm256_setzero_ps();
+    const std::int8_t* q[T];
+    const float* x_scale[T];
+    const std::int32_t* x_sum[T];
+    for (int t = 0; t < T; ++t) {
+        q[t] = x.q + std::ptrdiff_t{token + t} * x.padded;
+        x_scale[t] = x.scale + std::ptrdiff_t{token + t} * blocks;
+        x_sum[t] = x.sum + std::ptrdiff_t{token + t} * blocks;
+    }
+    alignas(32) float scale[R][T][8];
+    for (int b = 0; b < blocks; b += 8) {
+        const int count = blocks - b < 8 ? blocks - b : 8;
+        const std::uint8_t* first = w + std::ptrdiff_t{b} * Format::bytes;
+        __m256 x_scales[T];
+        for (int t = 0; t < T; ++t) {
+            alignas(32) float part[8] = {};
+            if (count < 8) std::memcpy(part, x_scale[t] + b, sizeof(float) * static_cast<std::size_t>(count));
+            x_scales[t] = _mm256_loadu_ps(count < 8 ? part : x_scale[t] + b);
+        }
+        for (int r = 0; r < R; ++r) {
+            const __m256 d = halves_as_floats(first + r * row_bytes, Format::bytes, count);
+            for (int t = 0; t < T; ++t) _mm256_store_ps(scale[r][t], _mm256_mul_ps(d, x_scales[t]));
+            // The same blocks of the next rows.
+            if (T == 1) {
+                for (int i = 0; i < 8 * Format::bytes; i += 64) ask_for(first + (R + r) * row_bytes + i);
+            }
+        }
+        for (int i = 0; i < count; ++i) {
+            __m256i weights[R];
+            for (int r = 0; r < R; ++r) weights[r] = Format::weights(first + r * row_bytes + i * Format::bytes);
+            for (int t = 0; t < T; ++t) {
+                const __m256i values = load_bytes(q[t] + std::ptrdiff_t{b + i} * ggml_block);
+                const __m256i start = Format::start(x_sum[t][b + i]);
+                for (int r = 0; r < R; ++r) {
+                    const __m256 dot = _mm256_cvtepi32_ps(Format::dot(start, weights[r], values));
+                    acc[r][t] = _mm256_fmadd_ps(dot, _mm256_broadcast_ss(&scale[r][t][i]), acc[r][t]);
+                }
+            }
+        }
+    }
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < R; ++r) y[(token + t) * y_stride + r] = sum_lanes(acc[r][t]);
+}
+
+inline __m256 bytes_as_floats(std::uint64_t bytes) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes))));
+}
+
+template <int R, int T>
+inline void super_blocks(const std::uint8_t* w, std::ptrdiff_t row_bytes, int blocks, const Activations& x, int token,
+                         float* y, std::ptrdiff_t y_stride) {
+    __m256 acc[R][T], mins[R][T];
+    for (int r = 0; r < R; ++r)
+        for (int t = 0; t < T; ++t) acc[r][t] = mins[r][t] = _mm256_setzero_ps();
+    alignas(32) float scale[R][T][q4_k_groups];
+    for (int b = 0; b < blocks; ++b) {
+        const std::uint8_t* block = w + std::ptrdiff_t{b} * q4_k_bytes;
+        const std::int8_t* q[T];
+        __m256 x_scales[T], x_sums[T];
+        for (int t = 0; t < T; ++t) {
+            const std::ptrdiff_t at = (std::ptrdiff_t{token + t} * blocks + b) * q4_k_groups;
+            q[t] = x.q + at * ggml_block;
+            x_scales[t] = _mm256_loadu_ps(x.scale + at);
+            x_sums[t] = _mm256_mul_ps(x_scales[t], _mm256_cvtepi32_ps(load_bytes(x.sum + at)));
+        }
+        for (int r = 0; r < R; ++r) {
+            const std::uint8_t* head = block + r * row_bytes;
+            const SixBits six = six_bits(head + 4);
+            const __m256 scales = _mm256_mul_ps(_mm256_set1_ps(_cvtsh_ss(half_bits_at(head))), bytes_as_floats(six.scales));
+            const __m256 lows = _mm256_mul_ps(_mm256_set1_ps(_cvtsh_ss(half_bits_at(head + 2))), bytes_as_floats(six.mins));
+            for (int t = 0; t < T; ++t) {
+                _mm256_store_ps(scale[r][t], _mm256_mul_ps(scales, x_scales[t]));
+                mins[r][t] = _mm256_fmadd_ps(lows, x_sums[t], mins[r][t]);
+            }
+            if (T == 1) {
+                for (int i = 0; i < q4_k_bytes; i += 64) ask_for(head + R * row_bytes + i);
+            }
+        }
+        for (int pair = 0; pair < q4_k_groups / 2; ++pair) {
+            for (int r = 0; r < R; ++r) {
+                const __m256i codes = load_bytes(block + r * row_bytes + q4_k_codes + pair * ggml_block);
+                const __m256i low = low_nibbles(codes), high = low_nibbles(_mm256_srli_epi16(codes, 4));
+                const __m256i none = _mm256_setzero_si256();
+                for (int t = 0; t < T; ++t) {
+                    const std::int8_t* values = q[t] + 2 * pair * ggml_block;
+                    const __m256 first = _mm256_cvtepi32_ps(dot_unsigned(none, low, load_bytes(values)));
+                    const __m256 second = _mm256_cvtepi32_ps(dot_unsigned(none, high, load_bytes(values + ggml_block)));
+                    acc[r][t] = _mm256_fmadd_ps(first, _mm256_broadcast_ss(&scale[r][t][2 * pair]), acc[r][t]);
+                    acc[r][t] = _mm256_fmadd_ps(second, _mm256_broadcast_ss(&scale[r][t][2 * pair + 1]), acc[r][t]);
+                }
+            }
+        }
+    }
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < R; ++r) y[(token + t) * y_stride + r] = sum_lanes(_mm256_sub_ps(acc[r][t], mins[r][t]));
+}
+
+struct Q4_K {
+    static constexpr int bytes = q4_k_bytes;
+};
+
+template <class Format, int R, int T>
+inline void ggml_blocks(const std::uint8_t* w, std::ptrdiff_t row_bytes, int blocks, const Activations& x, int token,
+                        float* y, std::ptrdiff_t y_stride) {
+    if constexpr (Format::bytes == q4_k_bytes) super_blocks<R, T>(w, row_bytes, blocks, x, token, y, y_stride);
+    else small_blocks<Format, R, T>(w, row_bytes, blocks, x, token, y, y_stride);
+}
+
+template <class Format, int R>
+inline void ggml_rows(const std::uint8_t* w, std::ptrdiff_t row_bytes, int blocks, const Activations& x, float* y,
+                      std::ptrdiff_t y_stride) {
+    // With one token, rows hide each other's latency; with several, the tokens do, and weights are unpacked once for all.
+    constexpr int several = 4;
+    int t = 0;
+    constexpr int rows = R < 2 ? R : 2;
+    for (; t + several <= x.tokens; t += several) {
+        for (int r = 0; r < R; r += rows) {
+            ggml_blocks<Format, rows, several>(w + r * row_bytes, row_bytes, blocks, x, t, y + r, y_stride);
+        }
+    }
+    for (; t < x.tokens; ++t) ggml_blocks<Format, R, 1>(w, row_bytes, blocks, x, t, y, y_stride);
+}
+
+#else
+
+struct Q4_0 {
+    static constexpr int bytes = q4_0_bytes;
+    static float product(const std::uint8_t* block, const std::int8_t* q, const float* scale, const std::int32_t* sum) {
+        std::int32_t dot = -8 * *sum;
+        for (int i = 0; i < 16; ++i) dot += (block[2 + i] & 15) * q[i] + (block[2 + i] >> 4) * q[16 + i];
+        return static_cast<float>(dot) * (f16_to_float(half_bits_at(block)) * *scale);
+    }
+};
+
+struct Q8_0 {
+    static constexpr int bytes = q8_0_bytes;
+    static float product(const std::uint8_t* block, const std::int8_t* q, const float* scale, const std::int32_t*) {
+        std::int32_t dot = 0;
+        for (int i = 0; i < ggml_block; ++i) dot += static_cast<std::int8_t>(block[2 + i]) * q[i];
+        return static_cast<float>(dot) * (f16_to_float(half_bits_at(block)) * *scale);
+    }
+};
+
+struct Q4_K {
+    static constexpr int bytes = q4_k_bytes;
+    static float product(const std::uint8_t* block, const std::int8_t* q, const float* scale, const std::int32_t* sum) {
+        const SixBits six = six_bits(block + 4);
+        const float d = f16_to_float(half_bits_at(block)), d_min = f16_to_float(half_bits_at(block + 2));
+        float total = 0.0f;
+        for (int g = 0; g < q4_k_groups; ++g) {
+            const std::uint8_t* codes = block + q4_k_codes + g / 2 * ggml_block;
+            const int shift = 4 * (g % 2);
+            std::int32_t dot = 0;
+            for (int i = 0; i < ggml_block; ++i) dot += (codes[i] >> shift & 15) * q[g * ggml_block + i];
+            const float step = d * static_cast<float>(six.scales >> 8 * g & 63);
+            const float low = d_min * static_cast<float>(six.mins >> 8 * g & 63);
+            total += (step * static_cast<float>(dot) - low * static_cast<float>(sum[g])) * scale[g];
+        }
+        return total;
+    }
+};
+
+template <class Format, int R>
+inline void ggml_rows(const std::uint8_t* w, std::ptrdiff_t row_bytes, int blocks, const Activations& x, float* y,
+                      std::ptrdiff_t y_stride) {
+    const int groups = x.padded / ggml_block / blocks;  // of a block
+    for (int t = 0; t < x.tokens; ++t) {
+        for (int r = 0; r < R; ++r) {
+            float total = 0.0f;
+            for (int b = 0; b < blocks; ++b) {
+                const std::ptrdiff_t at = (std::ptrdiff_t{t} * blocks + b) * groups;
+                total += Format::product(w + r * row_bytes + std::ptrdiff_t{b} * Format::bytes, x.q + at * ggml_block,
+                                         x.scale + at, x.sum + at);
+            }
+            y[t * y_stride + r] = total;
+        }
+    }
+}
+
+#endif
+
+template <class Format>
+void ggml_matmul(const Matrix& w, int row_begin, int row_end, const Activations& x, float* y, std::ptrdiff_t y_stride) {
+    const int blocks = w.cols / (Format::bytes == q4_k_bytes ? ggml_block * q4_k_groups : ggml_block);
+    const std::ptrdiff_t row_bytes = std::ptrdiff_t{blocks} * Format::bytes;
+    int r = row_begin;
+    for (; r + 4 <= row_end; r += 4) ggml_rows<Format, 4>(w.data + r * row_bytes, row_bytes, blocks, x, y + r, y_stride);
+    for (; r < row_end; ++r) ggml_rows<Format, 1>(w.data + r * row_bytes, row_bytes, blocks, x, y + r, y_stride);
+}
+
+}  // namespace
+}  // namespace gangline
