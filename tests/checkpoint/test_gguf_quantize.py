@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gangline.checkpoint.gguf_q6_k import encode_q6_k
 from gangline.checkpoint.gguf_writer import write_gguf
+from gangline.core.errors import UnsupportedModelError
 from gangline.formats.registry import get_codec
 
 SIZES = {
@@ -17,7 +18,7 @@ SIZES = {
     "intermediate_size": 256,
     "num_hidden_layers": 1,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 4,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 128,
 }
@@ -68,6 +69,15 @@ def test_types_are_those_of_llama_cpp(tmp_path, name, type, seed):
     theirs = tmp_path / "theirs.gguf"
     assert llama_cpp.llama_model_quantize(bytes(plain), bytes(theirs), ctypes.byref(how)) == 0
     assert types_in(ours) == types_in(theirs)
+
+
+def test_fewer_key_heads_than_llama_cpp_computes_are_refused(tmp_path):
+    pytest.importorskip("gguf")
+    config = AutoConfig.for_model(**(SIZES | MODELS["more experts"] | {"num_key_value_heads": 2}))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="num_key_value_heads = 2"):
+        write_gguf(tmp_path, tmp_path / "m.gguf")
+    assert not list(tmp_path.glob("*.gguf*"))
 
 
 def test_the_head_can_be_chosen(tmp_path, seed):

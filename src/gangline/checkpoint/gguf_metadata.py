@@ -20,6 +20,9 @@ def check_computable(config: Any, family: Family) -> None:
         "norm_topk_prob": getattr(config, "norm_topk_prob", family.renormalised) != family.renormalised,
         "decoder_sparse_step": getattr(config, "decoder_sparse_step", 1) != 1,
         "mlp_only_layers": bool(getattr(config, "mlp_only_layers", None)),
+        # llama.cpp expects the norms of queries and of keys to be of one size.
+        "num_key_value_heads": family.arch == "olmoe"
+        and config.num_key_value_heads != config.num_attention_heads,
         "sliding_window": bool(getattr(config, "sliding_window", None)),
         "rope_parameters": config.rope_parameters.get("rope_type", "default")
         not in ("default", "linear", "yarn"),

@@ -112,6 +112,16 @@ def write_gguf(
     return out
 
 
+def gguf_size(model_folder: str | Path, type: GGUFType = "bf16", head: GGUFType | None = None) -> int:
+    """Return the bytes of tensor data that :func:`write_gguf` would write, from headers alone.
+
+    Raises:
+        UnsupportedModelError, CheckpointError: as for :func:`write_gguf`.
+    """
+    folder = Path(model_folder)
+    return plan_tensors(folder, _read_config(folder), type, head).nbytes
+
+
 def _read_config(folder: Path) -> Any:
     from transformers import AutoConfig
 

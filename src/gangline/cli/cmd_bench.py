@@ -15,6 +15,9 @@ from gangline.cli.output import Output
 from gangline.core.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from gangline.evaluation.compare_speed_peers import PeerName
     from gangline.evaluation.speed import Routing
     from gangline.evaluation.speed_report import SpeedReport, Spread
 
@@ -37,6 +40,10 @@ def bench(
     new_tokens: Annotated[int, option("--new-tokens", help="Tokens decoded after it.", min=2)] = 32,
     repetitions: Annotated[int, option("--repetitions", "-r", help="Timed runs.", min=1)] = 5,
     batch: Annotated[int, option("--batch", "-b", help="Sequences decoded at once.", min=1)] = 1,
+    compare: Annotated[
+        list[str],
+        option("--compare", metavar="ENGINE", help="In turns with llama.cpp or transformers (repeatable)."),
+    ] = [],  # noqa: B006 - typer copies it
     replay: Annotated[
         str | None, option("--replay", metavar="FILE", help="Use the experts of a recorded routing trace.")
     ] = None,
@@ -50,6 +57,7 @@ def bench(
     from gangline.cli.loading import load_arguments
     from gangline.evaluation.speed import SpeedSettings, bench_model
 
+    engines = _engines(compare, replay or record)
     settings = SpeedSettings(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
@@ -58,16 +66,39 @@ def bench(
         batch=batch,
     )
     routing = _routing(replay, record, model or shape)
-    report = bench_model(
-        model or _make(str(shape), budget),
-        settings,
-        name=model or shape,
-        routing=routing,
-        progress=out.note,
-        **load_arguments(budget, compute),
-    )
+    found, arguments = model or _make(str(shape), budget), load_arguments(budget, compute)
+    if engines:
+        from gangline.evaluation.compare_speed import compare_speed
+
+        report = compare_speed(found, engines, settings, name=model or shape, progress=out.note, **arguments)
+    else:
+        report = bench_model(
+            found, settings, name=model or shape, routing=routing, progress=out.note, **arguments
+        )
     out.data(report.to_dict())
     _show(out, report)
+
+
+def _engines(names: list[str], trace: str | None) -> list["PeerName"]:
+    """Return the engines to compare with.
+
+    Raises:
+        UsageError: an unknown or missing engine, or a trace, which other engines cannot follow.
+    """
+    if not names:
+        return []
+    from gangline.evaluation.compare_speed_llamacpp import require_llama_cpp
+    from gangline.evaluation.compare_speed_peers import PEERS
+
+    engines = [engine for engine in PEERS if engine in names]
+    unknown = sorted(set(names) - set(engines))
+    if unknown:
+        raise UsageError(f"cannot compare with {', '.join(unknown)}; choose from {', '.join(PEERS)}")
+    if trace is not None:
+        raise UsageError("other engines route by themselves: leave --compare out, or --replay and --record")
+    if "llama.cpp" in engines:
+        require_llama_cpp()
+    return engines
 
 
 def _routing(replay: str | None, record: str | None, name: str | None) -> "Routing":
@@ -157,6 +188,40 @@ def _show(out: Output, report: "SpeedReport") -> None:
         f"memory {bound.memory_bandwidth / 1e9:.1f} GB/s: the most that was seen",
     )
     out.show(table)
+    if report.peers:
+        out.show(_peer_table(report))
+
+
+def _peer_table(report: "SpeedReport") -> "Table":
+    from rich.table import Table
+
+    turns = "all loaded at once" if report.together else "loaded in turns"
+    table = Table(
+        "", "decode", "gangline is", "share of memory's bound", "prefill", "gangline is",
+        title=f"in {report.decode.n} rounds, {turns}", title_justify="left", box=None,
+    )  # fmt: skip
+    table.add_row(
+        "gangline", _figure(report.decode), "", f"{report.bound.share:.1%}", _figure(report.prefill), ""
+    )
+    for peer in report.peers:
+        share = "-" if peer.decode_share is None else f"{peer.decode_share.median:.1%}"
+        table.add_row(
+            f"{peer.name} {peer.version}, {peer.weights}",
+            _figure(peer.decode),
+            _ratio(peer.decode_ratio),
+            share,
+            _figure(peer.prefill),
+            _ratio(peer.prefill_ratio),
+        )
+    return table
+
+
+def _figure(spread: "Spread") -> str:
+    return f"{spread.median:.2f} tokens/s"
+
+
+def _ratio(spread: "Spread") -> str:
+    return f"{spread.median:.2f}x ({spread.low:.2f} to {spread.high:.2f})"
 
 
 def _rate(spread: "Spread") -> str:

@@ -14,6 +14,7 @@ from gangline.policies.prefetch import WholeSet
 from gangline.traces import Trace
 from gangline.traces.replay import one_by_one
 from gangline.traces.simulator import (
+    Bounds,
     LevelSpec,
     Line,
     Setup,
@@ -109,11 +110,12 @@ def simulate_trace(
     base = Setup(geometry, expert_bytes, (), machine, dense_prefetch=dense)
     link = SimLink() if speed is None else SimLink(bytes_per_second=speed)
     named: list[tuple[str, int | None]] = [(name, None) for name in settings.policies]
-    bounds: list[tuple[str, int | None]] = [(_BOUND, None), *((_BOUND, ahead) for ahead in settings.oracles)]
-    runs = list(itertools.product(capacities, [*named, *bounds]))
+    clairvoyant: list[tuple[str, int | None]] = [(_BOUND, None), *((_BOUND, h) for h in settings.oracles)]
+    runs = list(itertools.product(capacities, [*named, *clairvoyant]))
     rows: list[SimReport] = []
     events: dict[frozenset[Need], list[RoutingEvent]] = {}
     plain = _events(trace, frozenset(), events)
+    bounds = Bounds(plain)
     for number, (slots, (name, ahead)) in enumerate(runs):
         policy = build_cache(name, slots, trace, plain)
         mine = _events(trace, frozenset(policy.needs) - {"future"}, events)
@@ -122,7 +124,7 @@ def simulate_trace(
         if ahead is not None:
             setup = replace(setup, predictors=(Oracle(plain, ahead),), prefetcher=WholeSet())
         label = name if ahead is None else f"{name} + oracle({ahead})"
-        rows.append(make_report(label, setup, simulate(setup, mine), plain))
+        rows.append(make_report(label, setup, simulate(setup, mine), bounds))
         if progress is not None:
             progress(number + 1, len(runs))
     return SimulationResult(
