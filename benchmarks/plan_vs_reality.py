@@ -22,7 +22,8 @@ from gangline.benchmarks.confine import Confined, drop_page_cache, run_confined
 from gangline.benchmarks.result import Row, write_result
 from gangline.benchmarks.shapes import SHAPES, make_shape
 from gangline.core.sizes import format_size, parse_size
-from gangline.runtime.machine import load_profile, measure_machine
+from gangline.runtime.machine import load_profile
+from gangline.runtime.measure import measure_machine
 
 
 @dataclass(frozen=True)

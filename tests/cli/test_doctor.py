@@ -4,8 +4,16 @@ import json
 import pytest
 
 from gangline.cli import health
-from gangline.runtime import machine
-from gangline.runtime.machine import DiskSpeed, GemmSpeed, MachineProfile, hardware
+from gangline.runtime import machine, measure
+from gangline.runtime.machine import (
+    DiskSpeed,
+    ExpertSpeed,
+    GemmSpeed,
+    LayerCost,
+    MachineProfile,
+    RecordSpeed,
+    hardware,
+)
 
 
 @pytest.fixture
@@ -14,7 +22,7 @@ def measured(monkeypatch, tmp_path):
     monkeypatch.setenv("GANGLINE_HOME", str(tmp_path))
     calls = []
 
-    def measure(folder, *, quick, progress):
+    def quickly(folder, *, quick, progress):
         calls.append(quick)
         progress("disk")
         profile = MachineProfile(
@@ -24,14 +32,16 @@ def measured(monkeypatch, tmp_path):
             disk=(DiskSpeed(1, None, 1e9), DiskSpeed(2, 2e9, 1.5e9)),
             ram=3e10,
             gemm=(GemmSpeed(1, 1e9, 2e9),),
-            call_overhead=2e-6,
+            records=(RecordSpeed(2**22, 1e9, 2e9, 3e9),),
+            experts=(ExpertSpeed("bf16", 1, 1e-9), ExpertSpeed("bf16", 64, 4e-9)),
+            layer_cost=LayerCost(1e-3, 1e-4, 2e-4),
             date="2026-01-01T00:00:00+00:00",
             quick=quick,
         )
-        machine._save(profile)
+        machine.save_profile(profile)
         return profile
 
-    monkeypatch.setattr(machine, "measure_machine", measure)
+    monkeypatch.setattr(measure, "measure_machine", quickly)
     return calls
 
 

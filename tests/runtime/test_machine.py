@@ -2,29 +2,39 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from gangline.runtime import machine
-from gangline.runtime.machine import MachineProfile, hardware, load_profile, measure_machine
+from gangline.runtime import calibrate, machine, measure
+from gangline.runtime.calibrate import expert_speeds, layer_cost
+from gangline.runtime.machine import LayerCost, MachineProfile, hardware, load_profile
+from gangline.runtime.measure import measure_machine
+
+CODECS = ("bf16", "int4g64", "ggml:Q4_0")
 
 
 @pytest.fixture
 def short(monkeypatch, tmp_path):
     """Real measurements, but of a tiny file and tiny matrices."""
     monkeypatch.setenv("GANGLINE_HOME", str(tmp_path / "home"))
-    full = machine.scratch_file
-    monkeypatch.setattr(machine, "scratch_file", lambda folder: full(folder, 8 * 2**20))
-    monkeypatch.setattr(machine, "BLOCK_BYTES", 2**20)
-    monkeypatch.setattr(machine, "_GEMM_SIDE", 64)
-    monkeypatch.setattr(machine, "_GEMM_POOL_BYTES", 64 * 64 * 8)
-    real_disk = machine.measure_disk
+    full = measure.scratch_file
+    monkeypatch.setattr(measure, "scratch_file", lambda folder: full(folder, 8 * 2**20))
+    monkeypatch.setattr(measure, "BLOCK_BYTES", 2**20)
+    monkeypatch.setattr(measure, "RECORDS", (2**18, 2**20))
+    monkeypatch.setattr(measure, "_GEMM_SIDE", 64)
+    monkeypatch.setattr(measure, "_GEMM_POOL_BYTES", 64 * 64 * 8)
+    monkeypatch.setattr(calibrate, "WIDTH", 256)
+    monkeypatch.setattr(calibrate, "POOL_BYTES", 0)
+    real_disk, real_experts, real_times = measure.measure_disk, expert_speeds, calibrate.typical_seconds
     monkeypatch.setattr(
-        machine,
+        measure,
         "measure_disk",
         lambda file, seconds, **how: real_disk(file, seconds=0.01, **how),
     )
-    median = machine._median_seconds
-    monkeypatch.setattr(machine, "_median_seconds", lambda call, seconds: median(call, 0))
-    monkeypatch.setattr(machine, "measure_ram", lambda cores, seconds: 1e9 * cores)
+    for module in (measure, calibrate):
+        monkeypatch.setattr(module, "typical_seconds", lambda call, seconds: real_times(call, 0))
+    monkeypatch.setattr(measure, "expert_speeds", lambda seconds: real_experts(seconds, CODECS))
+    monkeypatch.setattr(measure, "layer_cost", lambda: LayerCost(1e-3, 1e-4, 2e-4))
+    monkeypatch.setattr(measure, "measure_ram", lambda cores, seconds: 1e9 * cores)
     return tmp_path
 
 
@@ -35,11 +45,25 @@ def test_measured_profile_is_stored_and_read_back(short):
     assert all(point.cached > 0 for point in profile.disk)
     assert [point.rows for point in profile.gemm] == [1, 64, 512]
     assert all(point.fp32 > 0 and point.bf16 > 0 for point in profile.gemm)
-    assert 0 < profile.call_overhead < 1
+    assert {(at.codec, at.rows) for at in profile.experts} == {
+        (codec, rows) for codec in CODECS for rows in calibrate.ROWS
+    }
+    assert all(0 < at.seconds < 1 for at in profile.experts)
+    assert all(0 < at.low <= at.median <= at.high for at in profile.records)
     assert profile.ram == 1e9 * profile.hardware.cores
-    assert len(steps) == 3
+    assert len(steps) == 5
     assert load_profile(short) == profile
     assert not list(short.glob(".gangline*")), "the scratch file is gone"
+
+
+def test_layers_cost_time_apart_from_their_weights(monkeypatch, tmp_path):
+    monkeypatch.setenv("GANGLINE_HOME", str(tmp_path))
+    state = torch.random.get_rng_state()
+    found = layer_cost(tokens=3)
+    assert min(found.layer, found.expert, found.prompt_expert) >= 0
+    assert 0 < found.layer + found.expert < 1
+    assert torch.equal(torch.random.get_rng_state(), state), "measuring draws no number of the user's"
+    assert not list((tmp_path / "attached").iterdir())
 
 
 def test_profile_survives_json(short):

@@ -23,14 +23,17 @@ def doctor(
         str | None,
         option("--folder", help="Measure the disk that holds this folder. (Default: the cache folder.)"),
     ] = None,
-    quick: Annotated[bool, option("--quick", help="Ten seconds of measurement instead of thirty.")] = False,
+    quick: Annotated[
+        bool, option("--quick", help="About ten seconds of measurement instead of forty.")
+    ] = False,
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Measure, and store the result for 'plan'.")
     ] = True,
 ) -> None:
     """Say what this machine has and lacks, and measure it for plans. Exit code 3 if a line says FAIL."""
     from gangline.cli.health import health
-    from gangline.runtime.machine import load_profile, measure_machine
+    from gangline.runtime.machine import load_profile
+    from gangline.runtime.measure import measure_machine
 
     place = Path(folder).expanduser() if folder else cache_dir()
     if not place.is_dir():
@@ -64,6 +67,7 @@ def _rates(profile: "MachineProfile | None") -> list[str]:
         return ["info  speed              not measured yet; run 'gangline doctor'"]
     way, depth, rate = profile.best_disk
     gemm = ", ".join(f"{at.rows} rows {at.fp32 / 1e9:.0f} / {at.bf16 / 1e9:.0f}" for at in profile.gemm)
+    rows = " / ".join(str(rows) for rows in sorted({at.rows for at in profile.experts})) + " rows"
     disk = "; ".join(
         f"depth {at.depth}: "
         + ("-" if at.direct is None else f"{at.direct / 1e9:.2f}")
@@ -75,5 +79,16 @@ def _rates(profile: "MachineProfile | None") -> list[str]:
         f"ok    disk, GB/s         direct / cached: {disk}",
         f"ok    memory reads       {profile.ram / 1e9:.1f} GB/s",
         f"ok    matrix products    GFLOP/s in fp32 / bf16: {gemm}",
-        f"ok    call overhead      {profile.call_overhead * 1e6:.1f} us",
+        f"ok    experts            ns a weight with {rows}: {'; '.join(_expert_cost(profile))}",
+        f"ok    layer and expert   {profile.layer_cost.layer * 1e3:.2f} ms and "
+        f"{profile.layer_cost.expert * 1e3:.2f} ms a token, apart from their weights",
+    ]
+
+
+def _expert_cost(profile: "MachineProfile") -> list[str]:
+    """Return one text per format: the cost of a weight by number of rows."""
+    codecs = list(dict.fromkeys(at.codec for at in profile.experts))
+    return [
+        f"{codec} " + " / ".join(f"{at.seconds * 1e9:.2f}" for at in profile.experts if at.codec == codec)
+        for codec in codecs
     ]

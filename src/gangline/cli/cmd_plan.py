@@ -52,7 +52,8 @@ def _speed(plan: "MemoryPlan") -> list[str]:
     uniform, local = speed["hit_rate"]
     return [
         f"decode:  {_band(speed['decode_tokens_per_second'])} tokens/s, limited by {speed['bound']}",
-        f"prefill: {_band(speed['prefill_tokens_per_second'])} tokens/s",
+        f"prefill: {_band(speed['prefill_tokens_per_second'])} tokens/s "
+        f"(first prompt, {speed['prompt_tokens']} tokens)",
         f"hit rate: {uniform:.2f} with uniform routing, {local:.2f} with locality",
     ]
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import shutil
 import tempfile
@@ -46,6 +47,7 @@ def health(folder: Path) -> Iterator[Line]:
     yield Line("ok", "python", f"{platform.python_version()} on {platform.platform()}")
     yield from _libraries()
     yield from _processor()
+    yield from _load()
     yield _memory()
     yield from _gpu()
     yield from _disk(folder)
@@ -92,6 +94,22 @@ def _processor() -> Iterator[Line]:
         )
     else:
         yield Line("ok", "native core", "built and loaded")
+
+
+def _load() -> Iterator[Line]:
+    """Warn where other programs are at work: what is measured now would be too slow."""
+    from gangline.runtime.machine import hardware
+
+    if not hasattr(os, "getloadavg"):
+        return
+    load, cores = os.getloadavg()[0], hardware().cores
+    if load > cores / 2:
+        yield Line(
+            "warn",
+            "load",
+            f"{load:.1f} on {cores} cores: other programs are at work, so speeds measured now are too low; "
+            "measure again when it is quiet",
+        )
 
 
 def _memory() -> Line:

@@ -21,6 +21,8 @@ class Footprint:
         load_extra: what loading them holds besides, for a moment: what a conversion starts from.
         table: bytes of an input embedding that stays in its file; 0 if it does not.
         row_params: dense parameters that multiply every row (no embedding, no output head).
+        head_params: parameters of the output head, which multiply one row of a sequence.
+        width: bytes of a number of the computation.
         kv_per_token: keys and values of one token over all layers.
         row: activations of one row of a prefill chunk (attention, experts, residual stream).
         vocab_row: logits of one position in fp32.
@@ -36,6 +38,8 @@ class Footprint:
     load_extra: int
     table: int
     row_params: int
+    head_params: int
+    width: int
     kv_per_token: int
     row: int
     vocab_row: int
@@ -93,6 +97,8 @@ def measure_footprint(
         load_extra=0 if loaded else _load_extra(model, mapped),
         table=_table(model, dtype, mapped),
         row_params=_row_params(model),
+        head_params=_head_params(model),
+        width=dtype.itemsize,
         kv_per_token=_kv_per_token(config, dtype),
         row=_row_bytes(config, geometry, dtype),
         vocab_row=4 * int(getattr(config, "vocab_size", 0) or 0),
@@ -114,6 +120,11 @@ def _row_params(model: nn.Module) -> int:
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
     skipped = {id(p) for module in ends if module is not None for p in module.parameters()}
     return sum(p.numel() for p in model.parameters() if id(p) not in skipped)
+
+
+def _head_params(model: nn.Module) -> int:
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return 0 if head is None else sum(weight.numel() for weight in head.parameters())
 
 
 def _table(model: nn.Module, dtype: torch.dtype, mapped: Container[str]) -> int:

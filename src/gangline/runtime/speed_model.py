@@ -1,27 +1,30 @@
-"""Expected tokens/s from bytes and measured bandwidths: a band, because routing decides what is read.
+"""Expected tokens/s from the bytes of a plan and the measured costs of this machine: a band.
 
-Low end: uniform routing (a cache of x % hits x % of the time) and every cost in sequence. High end: the
-locality of trained models and reads hidden behind computing. Nothing is predicted without a measured machine.
+A token costs its dense weights and its experts (measured seconds per weight, in the format and at the number
+of rows), what layers and experts cost besides, and the reads of experts that are not in memory. Low end:
+uniform routing (a cache of x % hits x % of the time), reads and computing one after the other, the disk in
+its slowest window. High end: the locality of trained models, reads hidden behind computing, the disk at its
+best. Nothing is predicted without a measured machine.
 """
 
-from dataclasses import replace
+import bisect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gangline.core.sizes import format_size
 from gangline.runtime.footprint import Footprint
-from gangline.runtime.machine import MachineProfile, load_profile
+from gangline.runtime.machine import ExpertSpeed, MachineProfile, load_profile
 from gangline.runtime.planner import MemoryPlan
 
-# Small operations per layer outside the large products (norms, rotary, attention glue, router, cache), per
-# token.
-_OPS_PER_LAYER = 90
-_OPS_PER_EXPERT = 12
-# torch's products of one row reach this share of the memory bandwidth (half of it in the worst case seen).
-_STREAM_SHARE = (0.25, 0.9)
-# Share of a machine's product rate that a prompt reaches: an expert sees few rows at a time.
-_GEMM_SHARE = (0.08, 0.9)
-# Disks of shared machines move by this much between the measurement and the run.
-_DISK_SHARE = (0.35, 1.15)
+# A run's computing against the calibration: other programs and colder caches, or quieter ones.
+_COMPUTE = (1.5, 0.75)
+# A run's reads against the slowest and the fastest window of the measurement.
+_READS = (0.85, 1.15)
+# Assumed of trained models, whose neighbouring tokens share experts: a share x of the experts in memory
+# serves 1 - (1 - x) ** 2.5 of the uses.
+_LOCALITY = 2.5
 PROMPT_TOKENS = 512
 
 
@@ -37,50 +40,132 @@ def with_speed(plan: MemoryPlan, footprint: Footprint, profile: MachineProfile |
 def expected_speed(plan: MemoryPlan, footprint: Footprint, profile: MachineProfile) -> dict[str, Any]:
     """Return bands of decode and prefill tokens/s with the bytes behind them.
 
-    Keys: ``decode_tokens_per_second`` and ``prefill_tokens_per_second`` as ``[low, high]``, ``hit_rate`` as
-    ``[uniform, local]``, ``prompt_tokens`` of the prefill, ``read_bytes_per_token``, ``bound`` in words.
+    Keys: ``decode_tokens_per_second`` and ``prefill_tokens_per_second`` (of the first prompt after loading,
+    ``prompt_tokens`` long) as ``[low, high]``, ``hit_rate`` as ``[uniform, local]``, ``read_bytes_per_token``
+    and ``disk_bytes_per_second`` likewise, ``compute_seconds`` of a decoded token, ``bound`` in words.
     """
-    _, _, disk = profile.best_disk
-    share = min(1.0, plan.resident_share)
-    hits = (_useful(plan, footprint, share), 1 - (1 - share) ** 2.5)
+    disk = _disk(profile, _expert_bytes(footprint))
+    token = _decode_cost(footprint, profile)
+    hits = (_useful(plan, footprint), 1 - (1 - min(1.0, plan.resident_share)) ** _LOCALITY)
     moved = [footprint.active_experts * (1 - hit) for hit in hits]
-    streamed = footprint.dense + footprint.active_experts
-    overhead = profile.call_overhead * (
-        _OPS_PER_LAYER * len(footprint.geometry.layers) + _OPS_PER_EXPERT * footprint.geometry.active_experts
-    )
-    slow = moved[0] / (_DISK_SHARE[0] * disk) + streamed / (_STREAM_SHARE[0] * profile.ram) + 3 * overhead
-    fast = max(moved[1] / (_DISK_SHARE[1] * disk), streamed / (_STREAM_SHARE[1] * profile.ram)) + overhead / 3
-    prefill = _prefill(plan, footprint, profile, disk)
-    bound = "disk reads" if moved[0] / disk > streamed / profile.ram else "memory bandwidth"
+    rows = min(PROMPT_TOKENS, plan.rows)
+    cold = 0 if plan.everything_resident else footprint.experts
+    decode = _band(token, [read / rate for read, rate in zip(moved, disk, strict=True)])
+    prompt = _band(_prompt_cost(footprint, profile, rows), [cold / rate for rate in disk])
+    bound = "disk reads" if moved[0] / math.sqrt(disk[0] * disk[1]) > token.total else "computing"
     return {
-        "decode_tokens_per_second": [1 / slow, 1 / fast],
-        "prefill_tokens_per_second": prefill,
-        "prompt_tokens": min(PROMPT_TOKENS, plan.rows),
+        "decode_tokens_per_second": [1 / seconds for seconds in decode],
+        "prefill_tokens_per_second": [rows / seconds for seconds in prompt],
+        "prompt_tokens": rows,
         "hit_rate": list(hits),
         "read_bytes_per_token": moved,
-        "disk_bytes_per_second": disk,
-        "ram_bytes_per_second": profile.ram,
-        "bound": f"{bound}: {format_size(moved[0])} read and {format_size(streamed)} streamed per token",
+        "disk_bytes_per_second": list(disk),
+        "compute_seconds": token.total,
+        "bound": f"{bound}: {format_size(moved[0])} read and {token.total * 1e3:.3g} ms computed per token",
     }
 
 
-def _useful(plan: MemoryPlan, footprint: Footprint, share: float) -> float:
+@dataclass(frozen=True)
+class _Cost:
+    """Seconds of computing: ``experts`` can hide reads behind them, ``rest`` cannot."""
+
+    experts: float
+    rest: float
+
+    @property
+    def total(self) -> float:
+        return self.experts + self.rest
+
+
+def _band(cost: _Cost, reads: Sequence[float]) -> tuple[float, float]:
+    """Return the longest and the shortest time."""
+    slow = _COMPUTE[0] * cost.total + reads[0]
+    fast = _COMPUTE[1] * cost.rest + max(_COMPUTE[1] * cost.experts, reads[1])
+    return slow, fast
+
+
+def _decode_cost(footprint: Footprint, profile: MachineProfile) -> _Cost:
+    layers = footprint.geometry.layers
+    weights = sum(layer.top_k * layer.expert_params for layer in layers)
+    per_expert = profile.layer_cost.expert * footprint.geometry.active_experts
+    dense = (footprint.row_params + footprint.head_params) * _dense_seconds(profile, footprint.width, 1)
+    return _Cost(
+        experts=weights * _expert_seconds(profile, footprint.codecs, 1) + per_expert,
+        rest=dense + profile.layer_cost.layer * len(layers),
+    )
+
+
+def _prompt_cost(footprint: Footprint, profile: MachineProfile, rows: int) -> _Cost:
+    """The rows of a prompt fall evenly on the experts of a layer."""
+    experts = 0.0
+    for layer in footprint.geometry.layers:
+        used = layer.experts * (1 - (1 - layer.top_k / layer.experts) ** rows)
+        each = _expert_seconds(profile, footprint.codecs, rows * layer.top_k / used)
+        experts += used * (layer.expert_params * each + profile.layer_cost.prompt_expert)
+    dense = footprint.row_params * _dense_seconds(profile, footprint.width, rows)
+    return _Cost(experts, dense + profile.layer_cost.layer * len(footprint.geometry.layers))
+
+
+def _dense_seconds(profile: MachineProfile, width: int, rows: int) -> float:
+    """Seconds per weight of a dense matrix that multiplies so many rows."""
+    points = [(at.rows, 2 * at.rows / (at.bf16 if width == 2 else at.fp32)) for at in profile.gemm]
+    return _between(points, rows)
+
+
+def _expert_seconds(profile: MachineProfile, codecs: Sequence[str], rows: float) -> float:
+    """Seconds per weight of an expert that has so many rows; the mean where matrices differ in format."""
+    costs = []
+    for codec in codecs:
+        points = [(at.rows, at.seconds) for at in _measured_like(profile.experts, codec)]
+        costs.append(_between(points, rows))
+    return sum(costs) / len(costs)
+
+
+def _measured_like(experts: Sequence[ExpertSpeed], codec: str) -> list[ExpertSpeed]:
+    """The measurements of a format, or of the one whose bits and family are nearest."""
+    from gangline.formats import get_codec
+
+    family, bits = codec.partition(":")[0], get_codec(codec).bits
+    names = {at.codec for at in experts}
+    nearest = min(
+        names,
+        key=lambda name: (
+            name != codec,
+            name.partition(":")[0] != family,
+            abs(get_codec(name).bits - bits),
+            name,
+        ),
+    )
+    return [at for at in experts if at.codec == nearest]
+
+
+def _between(points: Sequence[tuple[float, float]], rows: float) -> float:
+    """Interpolate the cost between measured numbers of rows; past the last it grows with the rows."""
+    points = sorted(points)
+    if rows >= points[-1][0]:
+        return points[-1][1] * rows / points[-1][0]
+    after = max(1, bisect.bisect_left(points, (rows, 0.0)))
+    (left, low), (right, high) = points[after - 1], points[after]
+    return low + (high - low) * max(0.0, rows - left) / (right - left)
+
+
+def _disk(profile: MachineProfile, nbytes: float) -> tuple[float, float]:
+    """Bytes/s of the slowest and the fastest reads of experts of a size."""
+    points = sorted(profile.records, key=lambda at: at.nbytes)
+    sizes = [math.log(at.nbytes) for at in points]
+    size = min(max(math.log(nbytes), sizes[0]), sizes[-1])
+    low = _between(list(zip(sizes, (at.low for at in points), strict=True)), size)
+    high = _between(list(zip(sizes, (at.high for at in points), strict=True)), size)
+    return _READS[0] * low, _READS[1] * high
+
+
+def _expert_bytes(footprint: Footprint) -> float:
+    return footprint.experts / footprint.geometry.total_experts
+
+
+def _useful(plan: MemoryPlan, footprint: Footprint) -> float:
     """Hit rate under uniform routing: the ring that streams misses holds nothing for good."""
     ring = max(layer.top_k for layer in footprint.geometry.layers)
     if plan.everything_resident:
         return 1.0
-    return max(0.0, (plan.experts_resident - ring) / plan.experts_total) if share else 0.0
-
-
-def _prefill(plan: MemoryPlan, footprint: Footprint, profile: MachineProfile, disk: float) -> list[float]:
-    """A prompt reads every expert that is not resident once (all of them if none is yet), and computes its
-    rows.
-    """
-    rows = min(PROMPT_TOKENS, plan.rows)
-    active = sum(layer.top_k * layer.expert_params for layer in footprint.geometry.layers)
-    flops = 2 * rows * (active + footprint.row_params)
-    rate = max(max(point.bf16, point.fp32) for point in profile.gemm)
-    warm = footprint.experts * (1 - min(1.0, plan.resident_share))
-    slow = footprint.experts / (_DISK_SHARE[0] * disk) + flops / (_GEMM_SHARE[0] * rate)
-    fast = max(warm / (_DISK_SHARE[1] * disk), flops / (_GEMM_SHARE[1] * rate))
-    return [rows / slow, rows / fast]
+    return max(0.0, (plan.experts_resident - ring) / plan.experts_total)
