@@ -9,15 +9,16 @@ Shape suffixes: T tokens, P pairs, D hidden.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
 from gangline.core.errors import FormatError
 from gangline.core.layout import ExpertLayout, FieldSpec
 from gangline.formats import DenseCodec, get_codec
+from gangline.kernels.choice import expert_kernel
 from gangline.kernels.reference import ExpertMath
 from gangline.runtime.attach import attach_model
-from gangline.runtime.kernel_choice import expert_kernel
 from gangline.runtime.machine import ExpertSpeed, LayerCost
 from gangline.runtime.opened import PRECISIONS
 
@@ -45,7 +46,7 @@ def _speeds_of(codec: str, seconds: float) -> Iterator[ExpertSpeed]:
     shape = (WIDTH, WIDTH)
     spec = [FieldSpec(name, shape, codec, get_codec(codec).nbytes(shape)) for name in names]
     layout = ExpertLayout(tuple(spec))
-    kernel = expert_kernel(layout, ExpertMath(_gate))
+    kernel: Any = expert_kernel(layout, ExpertMath(_gate))
     raws = [_encoded(codec, shape) for _ in names]
     count = max(_AT_ONCE, POOL_BYTES // layout.nbytes)
     pool = [kernel.bind([raw.clone() for raw in raws]) for _ in range(count)]

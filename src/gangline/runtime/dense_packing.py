@@ -35,13 +35,27 @@ def packable_linears(model: nn.Module, view: MoEView) -> Iterator[tuple[str, nn.
 def with_packed_linears(footprint: Footprint, model: nn.Module, view: MoEView, codec: str) -> Footprint:
     """Return the sizes of a model whose linear layers will be packed into ``codec`` after loading."""
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-    plain = packed = 0
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    plain = packed = rows = heads = 0
     for _, module in packable_linears(model, view):
+        if module is head:
+            heads += module.weight.numel()
+        else:
+            rows += module.weight.numel()
         packed += get_codec(codec).nbytes((module.out_features, module.in_features))
         if module.weight is not embedding:  # a head that shares the embedding's weights leaves them there
             plain += module.weight.numel() * module.weight.element_size()
     dense = footprint.dense - plain + packed
-    return replace(footprint, dense=dense, load_extra=footprint.load_extra + plain)
+    return replace(
+        footprint,
+        dense=dense,
+        load_extra=footprint.load_extra + plain,
+        row_params=footprint.row_params - rows,
+        head_params=footprint.head_params - heads,
+        packed=rows,
+        packed_head=heads,
+        packed_codec=codec,
+    )
 
 
 @torch.no_grad()

@@ -89,6 +89,7 @@ def _decode_cost(footprint: Footprint, profile: MachineProfile) -> _Cost:
     weights = sum(layer.top_k * layer.expert_params for layer in layers)
     per_expert = profile.layer_cost.expert * footprint.geometry.active_experts
     dense = (footprint.row_params + footprint.head_params) * _dense_seconds(profile, footprint.width, 1)
+    dense += _packed_cost(footprint, profile, footprint.packed + footprint.packed_head, 1)
     return _Cost(
         experts=weights * _expert_seconds(profile, footprint.codecs, 1) + per_expert,
         rest=dense + profile.layer_cost.layer * len(layers),
@@ -103,7 +104,13 @@ def _prompt_cost(footprint: Footprint, profile: MachineProfile, rows: int) -> _C
         each = _expert_seconds(profile, footprint.codecs, rows * layer.top_k / used)
         experts += used * (layer.expert_params * each + profile.layer_cost.prompt_expert)
     dense = footprint.row_params * _dense_seconds(profile, footprint.width, rows)
+    dense += _packed_cost(footprint, profile, footprint.packed, rows)
     return _Cost(experts, dense + profile.layer_cost.layer * len(footprint.geometry.layers))
+
+
+def _packed_cost(footprint: Footprint, profile: MachineProfile, weights: int, rows: int) -> float:
+    """Seconds of packed linear layers, which the experts' kernels compute as well."""
+    return weights * _expert_seconds(profile, (footprint.packed_codec,), rows) if weights else 0.0
 
 
 def _dense_seconds(profile: MachineProfile, width: int, rows: int) -> float:
