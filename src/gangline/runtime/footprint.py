@@ -22,7 +22,7 @@ class Footprint:
         table: bytes of an input embedding that stays in its file; 0 if it does not.
         row_params: dense parameters that multiply every row (no embedding, no output head).
         head_params: parameters of the output head, which multiply one row of a sequence.
-        packed: weights of linear layers that were packed, and are not in ``row_params``; ``packed_head`` likewise
+        packed: weights of packed linear layers, which ``row_params`` leaves out; ``packed_head`` likewise
             of the output head; both in ``packed_codec``.
         width: bytes of a number of the computation.
         kv_per_token: keys and values of one token over all layers.
