@@ -3,6 +3,7 @@
 Shape suffixes: T tokens, K chosen experts per token, P pairs, D hidden.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -78,9 +79,7 @@ class Engine:
                 "experts in the store cannot be trained; run under torch.no_grad(), "
                 "or call gangline.detach(model) first"
             )
-        if layer <= self._last_layer:
-            self._step += 1
-        self._last_layer = layer
+        self._count_step(layer)
         grouping = group_by_expert(ids_TK, weights_TK, self._layers[layer].experts)
         event = RoutingEvent(self._step, layer, self.phase, x_TD.shape[0], grouping.experts, grouping.counts)
         out_TD = torch.zeros(x_TD.shape, dtype=torch.float32)
@@ -89,6 +88,21 @@ class Engine:
         else:
             self._many_tokens(event, grouping, x_TD, out_TD)
         return out_TD.to(x_TD.dtype)
+
+    def routed(self, layer: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
+        """Note a choice of experts that were all in memory and have been computed by the native decode step."""
+        self._count_step(layer)
+        chosen = sorted(ids_TK.flatten().tolist())
+        counts = Counter(chosen)
+        event = RoutingEvent(
+            self._step, layer, self.phase, len(ids_TK), tuple(counts), tuple(counts.values())
+        )
+        self._store.count_resident(event)
+
+    def _count_step(self, layer: int) -> None:
+        if layer <= self._last_layer:
+            self._step += 1
+        self._last_layer = layer
 
     def _one_token(self, event: RoutingEvent, grouping: Grouping, x_1D: Tensor, out_1D: Tensor) -> None:
         """Compute hits first and misses as they arrive; sum when all are there."""

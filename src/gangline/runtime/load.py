@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from gangline.core.keys import ExpertKey
 from gangline.core.layout import ExpertCatalog
 from gangline.core.tiers import Priority
 from gangline.kernels.choice import expert_kernel, set_native_threads
+from gangline.kernels.cpu.native_kernel import NativeKernel
 from gangline.models import MoEView, check_conformance, expert_math, install
 from gangline.policies.caches import CachePolicy, LayerLRU, RandomEviction
-from gangline.runtime.engine import Engine
+from gangline.runtime.engine import Engine, ExpertKernel
 from gangline.runtime.files import ExpertFiles, IOMode
 from gangline.runtime.footprint import Footprint
+from gangline.runtime.native_decode import enable_native_decode
 from gangline.runtime.opened import OpenedModel, codec_of, largest_reads, open_model
 from gangline.runtime.options import LoadOptions, plan_request
 from gangline.runtime.planner import MemoryPlan, make_plan
@@ -127,10 +130,28 @@ def run_from_store(
     runtime.on_close(hook.remove)
     if plan.rows < plan.context and getattr(model, "generation_config", None) is not None:
         model.generation_config.prefill_chunk_size = plan.rows
+    decode = enable_native_decode(model, view, engine, context=None if plan.budget is None else plan.context)
+    if decode is not None:
+        runtime.on_close(decode.close)
     object.__setattr__(model, "gangline", runtime)
     if plan.everything_resident:
         _read_everything(store, catalog, progress)
+        if decode is not None:
+            decode.decoder.set_experts(_resident_table(store, kernels, view))
     return model
+
+
+def _resident_table(
+    store: ExpertStore, kernels: Sequence[ExpertKernel], view: MoEView
+) -> list[tuple[Any, list[Any]]] | None:
+    """Return the native layer and experts of every MoE layer, or None if one needs torch between products."""
+    table = []
+    for number, (kernel, layer) in enumerate(zip(kernels, view.geometry.layers, strict=True)):
+        if not isinstance(kernel, NativeKernel) or not kernel.fused:
+            return None
+        keys = (ExpertKey(number, expert) for expert in range(layer.experts))
+        table.append((kernel.layer, [kernel.expert(store.bound(key), key.expert) for key in keys]))
+    return table
 
 
 def _catalog(opened: OpenedModel, codec: str | None, progress: bool | None) -> ExpertCatalog:

@@ -74,6 +74,15 @@ class ExpertStore:
         """Whether an expert has a slot, read or on its way."""
         return key in self._table
 
+    def bound(self, key: ExpertKey) -> Any:
+        """Return what the kernel computes an expert with; it must be there and stay (nothing is leased)."""
+        return self._table[key].weights
+
+    def count_resident(self, event: RoutingEvent) -> None:
+        """Count an event that was served without a lease, every expert being in memory for good."""
+        self.stats.hits += len(event.experts)
+        self.stats.hit_tokens += sum(event.counts)
+
     def lease(self, event: RoutingEvent, *, in_order: bool = False) -> "EventLease":
         """Decide the hits of an event and start reading its misses; see :class:`EventLease`."""
         if self._closed:
@@ -268,8 +277,8 @@ class EventLease:
     def batches(self, limit: int | None = None) -> Iterator[list[tuple[int, Any]]]:
         """Yield lists of ``(expert, weights)`` that can be computed now; waits while there is none.
 
-        ``limit``: experts of one list. While others still want a slot, a list takes at most half of the leased
-        ones, so that reading goes on beside computing.
+        ``limit``: experts of one list. While others still want a slot, a list takes at most half of the
+        leased ones, so that reading goes on beside computing.
         """
         while self._waiting or self._missing:
             experts = self._take_ready(limit or len(self._waiting) + len(self._missing))
@@ -310,7 +319,7 @@ class EventLease:
                 store._changed.wait()
 
     def _ready(self, limit: int) -> list[int]:
-        """Return up to ``limit`` held experts that are read; in order, only those before the first that is not."""
+        """Return up to ``limit`` held experts that are read; in order, none behind one that is not."""
         ready: list[int] = []
         for expert in self._waiting:
             slot = self._store._table[ExpertKey(self._layer, expert)]

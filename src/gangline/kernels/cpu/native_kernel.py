@@ -89,6 +89,11 @@ class NativeKernel:
             return f"gate ({firsts[0].codec}) and up ({firsts[1].codec}) round activations differently"
         return None
 
+    @property
+    def fused(self) -> bool:
+        """Whether one native call computes an expert from end to end, without torch in between."""
+        return self.layer is not None and self._math.post_norm is None
+
     def bind(self, raws: Sequence[Tensor]) -> NativeWeights:
         """Return one expert over its raw bytes (uint8, one tensor per field), which stay alive with it."""
         matrices = tuple(
