@@ -27,8 +27,11 @@ using Clock = std::chrono::steady_clock;
 using Body = std::function<void(int, int)>;
 
 constexpr auto idle_spin = std::chrono::microseconds(60);
-// A wait that lasts longer than this has lost its partner to the scheduler: let others run.
+// A wait that lasts longer than this has lost its partner to the scheduler, on a machine with other work: let others run,
+// and after some tries sleep, or the wait itself keeps the partner from its core.
 constexpr int spins_before_yield = 4096;
+constexpr int yields_before_sleep = 64;
+constexpr auto nap = std::chrono::microseconds(20);
 
 inline void relax() {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -43,8 +46,10 @@ void spin_until(Done done) {
     for (int i = 0; !done(); ++i) {
         if (i < spins_before_yield) {
             relax();
-        } else {
+        } else if (i < spins_before_yield + yields_before_sleep) {
             std::this_thread::yield();
+        } else {
+            std::this_thread::sleep_for(nap);
         }
     }
 }
