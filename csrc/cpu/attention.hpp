@@ -13,7 +13,7 @@ constexpr int kAttentionChunk = 256;
 // The query heads of one group against one chunk of the cache of their key/value head.
 struct AttentionChunk {
     const float* q = nullptr;      // [group, head_dim], rotated
-    const void* keys = nullptr;    // [positions, head_dim], the chunk's first position
+    const void* keys = nullptr;    // [positions, head_dim], from the chunk's first position
     const void* values = nullptr;  // the same
     Format format = Format::f32;   // f32, f16 or bf16
     int group = 0;
@@ -21,23 +21,23 @@ struct AttentionChunk {
     int positions = 0;             // at most kAttentionChunk
     float scaling = 1.0f;
     float* scores = nullptr;       // scratch [group, kAttentionChunk]
-    float* rows = nullptr;         // scratch [4, head_dim]
     // Results: of the chunk alone, to be merged.
     float* acc = nullptr;          // [group, head_dim]: sum of exp(score - max) * value
     float* max = nullptr;          // [group]
     float* sum = nullptr;          // [group]: sum of exp(score - max)
 };
 
+// Fills in the results of a chunk.
+void attend(const AttentionChunk& chunk);
+
+// What attend() does once the scores (products of queries and keys) are there.
 struct AttentionKernels {
-    void (*attend)(const AttentionChunk& chunk);
+    void (*weigh_values)(const AttentionChunk& chunk);
 };
 
 const AttentionKernels* scalar_attention();
 const AttentionKernels* avx2_attention();
 const AttentionKernels* avx512_attention();
 const AttentionKernels* neon_attention();
-
-// The version that belongs to kernels().
-const AttentionKernels& attention_kernels();
 
 }  // namespace gangline

@@ -1,24 +1,20 @@
-// Attention with AVX2, FMA and F16C; compiled with those flags.
-#include <cstddef>
-#include <cstdint>
-
 #include "attention.hpp"
 
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__AVX2__)
+#include "attention.inl.hpp"
 
 namespace gangline {
-namespace {
-#include "attention.inl.hpp"
-}  // namespace
 
-const AttentionKernels* avx2_attention() { return &kTable; }
+const AttentionKernels* avx2_attention() { return &table; }
 
 }  // namespace gangline
 
 #else
 
 namespace gangline {
+
 const AttentionKernels* avx2_attention() { return nullptr; }
+
 }  // namespace gangline
 
 #endif

@@ -1,24 +1,20 @@
-// Attention with Advanced SIMD.
-#include <cstddef>
-#include <cstdint>
-
 #include "attention.hpp"
 
-#if defined(__aarch64__)
+#if defined(__ARM_NEON) && defined(__aarch64__)
+#include "attention.inl.hpp"
 
 namespace gangline {
-namespace {
-#include "attention.inl.hpp"
-}  // namespace
 
-const AttentionKernels* neon_attention() { return &kTable; }
+const AttentionKernels* neon_attention() { return &table; }
 
 }  // namespace gangline
 
 #else
 
 namespace gangline {
+
 const AttentionKernels* neon_attention() { return nullptr; }
+
 }  // namespace gangline
 
 #endif

@@ -1,14 +1,8 @@
-// Attention for the platform's baseline.
-#include <cstddef>
-#include <cstdint>
-
-#include "attention.hpp"
+#define GANGLINE_SCALAR
+#include "attention.inl.hpp"
 
 namespace gangline {
-namespace {
-#include "attention.inl.hpp"
-}  // namespace
 
-const AttentionKernels* scalar_attention() { return &kTable; }
+const AttentionKernels* scalar_attention() { return &table; }
 
 }  // namespace gangline

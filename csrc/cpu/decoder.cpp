@@ -206,49 +206,55 @@ void Decoder::attend(int layer, Team team) {
     const AttentionSpec& a = spec_.layers[size(layer)].attention;
     const Cut& cut = cuts_[size(cut_of_layer_[size(layer)])];
     const int group = a.heads / a.kv_heads;
-    // Rotated queries of one group, four rows of a cache, the scores of a chunk.
+    // Rotated queries of one group, one head more for what enters the cache, the scores of a chunk.
     static thread_local std::vector<float> room;
-    room.resize(size((group + 4) * a.head_dim + group * kAttentionChunk));
+    room.resize(size((group + 1) * a.head_dim + group * kAttentionChunk));
     const Range mine = share(cut.total * a.kv_heads, 1, team.worker, team.workers);
     int row = -1, head = -1;
+    AllHeads q, k;
     for (int i = mine.begin; i < mine.end; ++i) {
         const Piece piece = piece_at(cut, a.kv_heads, i);
-        if (piece.row != row || piece.head != head) {
-            row = piece.row;
-            head = piece.head;
-            const float* q = qkv_.data() + std::ptrdiff_t{row} * qkv_width(a);
-            for (int g = 0; g < group; ++g)
-                prepare_head(a, a.q_norm, q, a.q.matrix.rows, head * group + g, row, room.data() + g * a.head_dim);
+        if (piece.row != row) {
+            q = all_heads(a.q_norm, qkv_.data() + std::ptrdiff_t{piece.row} * qkv_width(a), a.q.matrix.rows, a.head_dim);
+            k = all_heads(a.k_norm, q.x + a.q.matrix.rows, a.k.matrix.rows, a.head_dim);
         }
-        if (piece.newest) store_new(layer, piece, room.data() + group * a.head_dim);
+        if (piece.row != row || piece.head != head)
+            for (int g = 0; g < group; ++g)
+                prepare_head(a, q, piece.head * group + g, piece.row, room.data() + g * a.head_dim);
+        row = piece.row;
+        head = piece.head;
+        if (piece.newest) store_new(layer, piece, k, room.data() + group * a.head_dim);
         attend_piece(layer, piece, i, room.data());
     }
 }
 
-// One head of the queries or keys: norm, clipping, rotation. `whole` is the product of all heads, `width` numbers.
-void Decoder::prepare_head(const AttentionSpec& a, const std::optional<Norm>& norm, const float* whole, int width, int head,
-                           int row, float* out) const {
+Decoder::AllHeads Decoder::all_heads(const std::optional<Norm>& norm, const float* x, int width, int head_dim) {
+    AllHeads heads{x, norm ? &*norm : nullptr, norm && norm->size != head_dim, 0.0f};
+    if (heads.together) heads.inverse = inverse_rms(x, width, norm->eps);
+    return heads;
+}
+
+// One head of the queries or keys of a row: norm, clipping, rotation.
+void Decoder::prepare_head(const AttentionSpec& a, const AllHeads& heads, int head, int row, float* out) const {
     const int n = a.head_dim;
-    const float* x = whole + std::ptrdiff_t{head} * n;
+    const float* x = heads.x + std::ptrdiff_t{head} * n;
     std::copy_n(x, n, out);
-    if (norm) {
-        const bool over_all = norm->size != n;
-        const float inverse = over_all ? inverse_rms(whole, width, norm->eps) : inverse_rms(x, n, norm->eps);
-        scale_by_norm(*norm, x, inverse, over_all ? head * n : 0, n, out);
+    if (heads.norm != nullptr) {
+        const float inverse = heads.together ? heads.inverse : inverse_rms(x, n, heads.norm->eps);
+        scale_by_norm(*heads.norm, x, inverse, heads.together ? head * n : 0, n, out);
     }
     if (std::isfinite(a.clip)) clip(out, n, a.clip);
     const std::size_t half = spec_.inverse_frequencies.size();
     rotate(out, cosine_.data() + size(row) * half, sine_.data() + size(row) * half, static_cast<int>(half));
 }
 
-void Decoder::store_new(int layer, const Piece& piece, float* room) const {
+void Decoder::store_new(int layer, const Piece& piece, const AllHeads& k, float* room) const {
     const AttentionSpec& a = spec_.layers[size(layer)].attention;
     const CacheRows& cache = step_.cache[size(layer)];
     const int n = a.head_dim, bytes = spec_.numbers == Format::f32 ? 4 : 2;
-    const float* k = qkv_.data() + std::ptrdiff_t{piece.row} * qkv_width(a) + a.q.matrix.rows;
-    const float* v = k + a.k.matrix.rows + std::ptrdiff_t{piece.head} * n;
+    const float* v = k.x + a.k.matrix.rows + std::ptrdiff_t{piece.head} * n;
     const std::int64_t at = ((std::int64_t{piece.row} * a.kv_heads + piece.head) * cache.capacity + step_.length) * n * bytes;
-    prepare_head(a, a.k_norm, k, a.k.matrix.rows, piece.head, piece.row, room);
+    prepare_head(a, k, piece.head, piece.row, room);
     write_numbers(room, n, spec_.numbers, reinterpret_cast<char*>(cache.keys) + at);
     std::copy_n(v, n, room);
     if (std::isfinite(a.clip)) clip(room, n, a.clip);
@@ -270,12 +276,11 @@ void Decoder::attend_piece(int layer, const Piece& piece, int index, float* room
     chunk.head_dim = a.head_dim;
     chunk.positions = piece.end - piece.begin;
     chunk.scaling = a.scaling;
-    chunk.rows = room + group * a.head_dim;
-    chunk.scores = chunk.rows + 4 * a.head_dim;
+    chunk.scores = room + (group + 1) * a.head_dim;
     chunk.acc = partial_.data() + std::ptrdiff_t{index} * group * a.head_dim;
     chunk.max = partial_max_.data() + std::ptrdiff_t{index} * group;
     chunk.sum = partial_sum_.data() + std::ptrdiff_t{index} * group;
-    attention_kernels().attend(chunk);
+    gangline::attend(chunk);
 }
 
 // attended_ = the chunks of every head, merged in ascending order.

@@ -122,6 +122,13 @@ private:
         int row = 0, head = 0, begin = 0, end = 0;
         bool newest = false;  // holds the token's own position
     };
+    // Queries or keys of one row as the projection gave them, and their norm.
+    struct AllHeads {
+        const float* x = nullptr;
+        const Norm* norm = nullptr;
+        bool together = false;  // one norm over all heads, whose factor is `inverse`
+        float inverse = 0.0f;
+    };
 
     void count_routed();
     void make_buffers();
@@ -134,9 +141,9 @@ private:
     void attention(int layer, Team team);
     void attend(int layer, Team team);
     void attend_piece(int layer, const Piece& piece, int index, float* room);
-    void prepare_head(const AttentionSpec& a, const std::optional<Norm>& norm, const float* whole, int width, int head,
-                      int row, float* out) const;
-    void store_new(int layer, const Piece& piece, float* room) const;
+    static AllHeads all_heads(const std::optional<Norm>& norm, const float* x, int width, int head_dim);
+    void prepare_head(const AttentionSpec& a, const AllHeads& heads, int head, int row, float* out) const;
+    void store_new(int layer, const Piece& piece, const AllHeads& k, float* room) const;
     void merge(int layer, Team team);
     void network(int layer, Team team);
     void choose(int layer, Team team);
