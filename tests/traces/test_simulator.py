@@ -18,6 +18,7 @@ from gangline.policies.caches.lru import LRU
 from gangline.policies.predictors import Predictor
 from gangline.policies.prefetch import Fetch
 from gangline.traces.simulator import (
+    Bounds,
     LevelSpec,
     Line,
     Setup,
@@ -226,7 +227,7 @@ def test_time_of_one_miss_and_one_hit():
     done, setup = run(events, geometry(1, 4, 1), 2, link=link, machine=machine)
     assert done.seconds == pytest.approx(0.01 + 1.25 + 0.1 + 0.01 + 0.1)
     assert done.counters.stall_seconds["demand"] == pytest.approx(1.25)
-    report = make_report("lru", setup, done, events)
+    report = make_report("lru", setup, done, Bounds(events))
     assert report.floor_seconds == pytest.approx(1.0)
     assert report.bound_share == pytest.approx(1.0 / 1.47)
     assert report.tokens_per_second == pytest.approx(2 / 1.47)

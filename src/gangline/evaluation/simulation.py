@@ -27,6 +27,8 @@ from gangline.traces.simulator import (
 
 # A prompt that brings this many pairs per expert makes the engine read the next layer ahead.
 DENSE_PREFETCH = 2.0
+# Experts of a prompt that the engine computes before it gives their slots free.
+RUN_EXPERTS = 8
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def simulate_trace(
     capacities = [capacity_slots(text, trace) for text in settings.capacities]
     speed, machine, notes = _costs(trace, settings)
     dense = None if words == _ONE_BY_ONE else DENSE_PREFETCH
-    base = Setup(geometry, expert_bytes, (), machine, dense_prefetch=dense)
+    base = Setup(geometry, expert_bytes, (), machine, dense_prefetch=dense, run_experts=RUN_EXPERTS)
     link = SimLink() if speed is None else SimLink(bytes_per_second=speed)
     named: list[tuple[str, int | None]] = [(name, None) for name in settings.policies]
     clairvoyant: list[tuple[str, int | None]] = [(_BOUND, None), *((_BOUND, h) for h in settings.oracles)]

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gangline.core.events import RoutingEvent
-from gangline.traces.simulator.bounds import belady, fewest_bytes
+from gangline.traces.simulator.bounds import Bound, belady
 from gangline.traces.simulator.counters import PhaseCounts
 from gangline.traces.simulator.run import Run, Setup
 
@@ -49,7 +49,8 @@ class SimReport:
         levels: see :class:`LevelReport`.
         belady, belady_mandatory: hit rates of the clairvoyant cache that may let experts pass through, and of
             the one that must keep an event's experts; no prefetching, one pool.
-        of_belady: our hit rate as a share of ``belady``.
+        of_belady: hits of experts that no prefetch had brought, as a share of those of ``belady``; None with
+            a prefetcher, which plays another game.
         misses_per_token: experts fetched or computed in place per token.
         pressure: distinct experts per event as a share of the slots of one layer.
         stall_seconds: by cause. ``seconds`` and ``tokens_per_second`` of the whole; None if nothing takes
@@ -86,22 +87,40 @@ class SimReport:
         return asdict(self)
 
 
-def make_report(policy: str, setup: Setup, run: Run, events: Sequence[RoutingEvent]) -> SimReport:
+class Bounds:
+    """The bounds of some events, computed once for each number of slots.
+
+    Args:
+        events: the events that are replayed.
+    """
+
+    def __init__(self, events: Sequence[RoutingEvent]) -> None:
+        self._events = events
+        self._known: dict[tuple[int, bool], Bound] = {}
+
+    def belady(self, slots: int, *, bypass: bool = True) -> Bound:
+        """See :func:`gangline.traces.simulator.bounds.belady`."""
+        if (slots, bypass) not in self._known:
+            self._known[slots, bypass] = belady(self._events, slots, bypass=bypass)
+        return self._known[slots, bypass]
+
+
+def make_report(policy: str, setup: Setup, run: Run, bounds: Bounds) -> SimReport:
     """Sum a run up.
 
     Args:
         policy: what to call it.
         setup: of the run.
         run: as :func:`simulate` returned it.
-        events: the events that were replayed.
+        bounds: of the events that were replayed.
     """
     counters, slots = run.counters, setup.levels[0].slots
     hits, misses, tokens = (counters.total(name) for name in ("hits", "misses", "tokens"))
     picked = counters.total("hit_tokens"), counters.total("miss_tokens")
     rate = hits / (hits + misses) if hits + misses else None
-    best, mandatory = (belady(events, slots, bypass=bypass).hit_rate for bypass in (True, False))
+    best, mandatory = (bounds.belady(slots, bypass=bypass) for bypass in (True, False))
     layers = setup.geometry.layers
-    floor = _floor(setup, run, events)
+    floor = _floor(setup, run, bounds)
     timed = run.seconds > 0
     return SimReport(
         policy=policy,
@@ -113,9 +132,9 @@ def make_report(policy: str, setup: Setup, run: Run, events: Sequence[RoutingEve
         selection_hit_rate=picked[0] / sum(picked) if sum(picked) else None,
         phases={name: _phase(counts) for name, counts in counters.phases.items() if counts.events},
         levels=tuple(_level(level, tokens) for level in run.levels),
-        belady=best,
-        belady_mandatory=mandatory,
-        of_belady=None if rate is None or not best else rate / best,
+        belady=best.hit_rate,
+        belady_mandatory=mandatory.hit_rate,
+        of_belady=_share(setup, hits - counters.total("by_prefetch"), best.hits),
         misses_per_token=misses / tokens if tokens else 0.0,
         pressure=_pressure(counters.total("distinct"), counters.total("events"), slots / len(layers)),
         in_place=counters.in_place,
@@ -127,6 +146,10 @@ def make_report(policy: str, setup: Setup, run: Run, events: Sequence[RoutingEve
         floor_seconds=floor if timed else None,
         bound_share=floor / run.seconds if timed else None,
     )
+
+
+def _share(setup: Setup, kept: int, best: int) -> float | None:
+    return kept / best if best and setup.prefetcher is None else None
 
 
 def _pressure(distinct: int, events: int, slots_per_layer: float) -> float:
@@ -153,7 +176,7 @@ def _level(level: Any, tokens: int) -> LevelReport:
     )
 
 
-def _floor(setup: Setup, run: Run, events: Sequence[RoutingEvent]) -> float:
+def _floor(setup: Setup, run: Run, bounds: Bounds) -> float:
     """Seconds that nothing can save: what is computed anyway, or the fewest bytes over a link.
 
     Slots of all tiers together stand between the last link and the device. Experts that the CPU pool computes
@@ -165,6 +188,6 @@ def _floor(setup: Setup, run: Run, events: Sequence[RoutingEvent]) -> float:
     slots = 0
     for spec in setup.levels:
         slots += spec.slots
-        nbytes = fewest_bytes(events, slots, setup.expert_bytes)
+        nbytes = bounds.belady(slots).misses * min(setup.expert_bytes)
         floors.append(nbytes / spec.link.bytes_per_second)
     return max(floors)

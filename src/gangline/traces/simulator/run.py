@@ -5,6 +5,7 @@ link per tier of slots. Every routing event is atomic: its hits are decided befo
 admitted. Replaying one access at a time instead inflates recency policies and can invert rankings.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -46,6 +47,8 @@ class Setup:
         dense_prefetch: as the engine does: a prompt that uses nearly every expert of a layer reads the next
             layer ahead. The number is how many (token, slot) pairs per expert make it so; None switches it
             off.
+        run_experts: several tokens: how many experts in a row the engine computes before it gives their
+            slots free. One token takes all that are there.
         in_place: which misses the CPU pool computes; needs ``machine.in_place``.
     """
 
@@ -56,6 +59,7 @@ class Setup:
     predictors: Sequence["Predictor"] = ()
     prefetcher: "Prefetcher | None" = None
     dense_prefetch: float | None = None
+    run_experts: int = 1
     in_place: InPlace | None = None
 
 
@@ -237,12 +241,14 @@ class _EventRun:
                 self._hold(expert)
         self._request_missing()
         while self.waiting or self.missing or self.slotless:
-            expert = self._next_ready(in_order)
-            simulation.compute_expert(counts[expert])
-            if expert in self.slotless:
-                del self.slotless[expert]
-            else:
-                simulation.top.release(ExpertKey(event.layer, expert))
+            experts = self._take_ready(in_order)
+            for expert in experts:
+                simulation.compute_expert(counts[expert])
+            for expert in experts:
+                if expert in self.slotless:
+                    del self.slotless[expert]
+                else:
+                    simulation.top.release(ExpertKey(event.layer, expert))
             self._request_missing()
             self._read_next_layer()
         if self.pool_done > simulation.now:
@@ -263,23 +269,34 @@ class _EventRun:
             simulation.top.link.slow = True
         return chosen
 
-    def _next_ready(self, in_order: bool) -> int:
-        """Return the next expert to compute; wait if its bytes are not there."""
-        top, layer = self.simulation.top, self.event.layer
-        top.link.advance(self.simulation.now)
-        waiting = self.waiting[:1] if in_order and self.waiting else self.waiting
-        transfers = {e: top.transfer(ExpertKey(layer, e)) for e in waiting} | self.slotless
-        expert = next((e for e, t in transfers.items() if t is None or t.done is not None), None)
-        if expert is None:
-            coming = {id(t): e for e, t in transfers.items()}
-            first = top.link.finish_first([t for t in transfers.values() if t is not None])
-            expert = coming[id(first)]
-        transfer = transfers[expert]
-        if transfer is not None and transfer.done is not None:
-            self._stall("late" if expert in self.hits else "demand", transfer.done)
-        if expert in self.waiting:
-            self.waiting.remove(expert)
-        return expert
+    def _take_ready(self, in_order: bool) -> list[int]:
+        """Return experts to compute now, at least one; wait if no bytes are there."""
+        simulation, top, layer = self.simulation, self.simulation.top, self.event.layer
+        self._request_missing()
+        most = simulation.setup.run_experts if in_order else len(self.event.experts)
+        if self.missing:
+            most = min(most, max(1, len(self.waiting) // 2))
+        top.link.advance(simulation.now)
+        transfers = {e: top.transfer(ExpertKey(layer, e)) for e in self.waiting} | self.slotless
+        if in_order and self.waiting:
+            candidates = self.waiting[:1] + list(self.slotless)
+        else:
+            candidates = list(transfers)
+        there = [e for e in candidates if _there(transfers[e], simulation.now)]
+        if not there:
+            coming = [t for e in candidates if (t := transfers[e]) is not None]
+            first = top.link.finish_first(coming)
+            expert = next(e for e in candidates if transfers[e] is first)
+            assert first.done is not None
+            self._stall("late" if expert in self.hits else "demand", first.done)
+            there = [expert]
+        if in_order and there[0] in self.waiting:
+            # A run goes on as far as the next ones are there as well.
+            rest = itertools.takewhile(lambda e: _there(transfers[e], simulation.now), self.waiting[1:])
+            there = [*there, *rest]
+        taken = there[:most]
+        self.waiting = [expert for expert in self.waiting if expert not in taken]
+        return taken
 
     def _stall(self, cause: str, until: float) -> None:
         waited = max(0.0, until - self.simulation.now)
@@ -330,3 +347,8 @@ class _EventRun:
                 key, Priority.PREFETCH, self.simulation.now, spared=everyone
             ):
                 return
+
+
+def _there(transfer: Transfer | None, now: float) -> bool:
+    """Whether all bytes have come by ``now``."""
+    return transfer is None or (transfer.done is not None and transfer.done <= now)
