@@ -95,6 +95,7 @@ class MoEBlock:
         default_gate: whether the gate function is the usual ``act(gate) * up``.
         router_spec: the family's routing rule, or None with the reason in ``router_reason``.
         same_weights_as: an earlier layer that holds the very same parameters, if there is one.
+        stored_name: the path under which a checkpoint holds the experts, where that is another module's.
         notes: facts about this layer that a user should be told.
     """
 
@@ -119,6 +120,7 @@ class MoEBlock:
     router_spec: RouterSpec | None = None
     router_reason: str = ""
     same_weights_as: int | None = None
+    stored_name: str | None = None
     notes: tuple[str, ...] = ()
 
     @property

@@ -14,6 +14,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from gangline.core.errors import CheckpointError, UnsupportedModelError
 from gangline.models import MoEView, drop_expert_params, find_moe
 
+# What transformers 5.23 itself cannot compute: deepseek_v4 keeps some products in fp32 beside fp16 inputs.
+_CANNOT_COMPUTE = {"deepseek_v4": {torch.float16}}
 # Formats in which a checkpoint may bring its experts and whose dense weights transformers loads as they are.
 _PACKED_EXPERTS_ONLY = {"mxfp4"}
 
@@ -57,6 +59,20 @@ def strip_quantization(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
     return config
 
 
+def refuse_dtype(config: PreTrainedConfig, dtype: torch.dtype, name: str) -> None:
+    """Raise where transformers fails in a number format inside the model.
+
+    Raises:
+        UnsupportedModelError: it does.
+    """
+    if dtype in _CANNOT_COMPUTE.get(config.model_type, ()):
+        kind = str(dtype).removeprefix("torch.")
+        raise UnsupportedModelError(
+            f"{name}: transformers {transformers.__version__} cannot compute {config.model_type} in {kind}; "
+            "use --dtype bf16 or fp32 (from Python dtype=torch.bfloat16)"
+        )
+
+
 def model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
     """Return the transformers class of a checkpoint: the one its configuration names, else the generic one.
 
@@ -89,7 +105,7 @@ def without_experts(cls: type[PreTrainedModel]) -> tuple[type[PreTrainedModel], 
     def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, config, *args, **kwargs)
         view = find_moe(self)
-        _refuse_tied_experts(self, view)
+        _untie_experts(self, view)
         for block in view.blocks:
             drop_expert_params(block)
             for module in (block.parent, *block.experts.modules()):
@@ -103,14 +119,16 @@ def without_experts(cls: type[PreTrainedModel]) -> tuple[type[PreTrainedModel], 
     return bare, lambda: views[-1]
 
 
-def _refuse_tied_experts(model: Any, view: MoEView) -> None:
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+def _untie_experts(model: Any, view: MoEView) -> None:
+    """Note under which name a checkpoint holds experts that two modules share, and forget that they are tied.
+
+    Each of the modules then has experts of its own in the store, read from the same bytes.
+    """
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     for block in view.blocks:
-        if any(key.startswith(f"{block.name}.") for pair in tied.items() for key in pair):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} shares the experts of {block.name} between modules; "
-                "gangline.attach works on the built model"
-            )
+        own = [key for key in tied if key.startswith(f"{block.name}.")]
+        for key in own:
+            block.stored_name = tied.pop(key).removesuffix(key.removeprefix(block.name))
 
 
 def build_skeleton(
