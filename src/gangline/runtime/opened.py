@@ -18,7 +18,14 @@ from gangline.checkpoint.source import ExpertsModule, ExpertSource
 from gangline.core.errors import UsageError
 from gangline.core.layout import ExpertCatalog, ExpertLayout
 from gangline.models import MoEView
-from gangline.runtime.dense import build_skeleton, load_dense, model_class, read_config, strip_quantization
+from gangline.runtime.dense import (
+    build_skeleton,
+    load_dense,
+    model_class,
+    read_config,
+    refuse_dtype,
+    strip_quantization,
+)
 from gangline.runtime.dense_packing import pack_linears, with_packed_linears
 from gangline.runtime.files import ALIGN
 from gangline.runtime.footprint import Footprint, measure_footprint
@@ -140,6 +147,7 @@ def open_model(checkpoint: LocalCheckpoint | RemoteCheckpoint, dtype: torch.dtyp
         index = SafetensorsIndex.from_folder(checkpoint.folder)
         where = checkpoint.folder
     kind = dtype or _config_dtype(config)
+    refuse_dtype(config, kind, checkpoint.name)
     cls = model_class(config, checkpoint.name)
     skeleton, view = build_skeleton(cls, config, kind)
     source = resolve_index(index, where, skeleton, experts_modules(view), kind)
@@ -152,6 +160,7 @@ def _open_gguf(checkpoint: LocalCheckpoint, dtype: torch.dtype | None) -> Opened
     gguf = GGUFCheckpoint.open(checkpoint.gguf)
     config = strip_quantization(gguf.config, checkpoint.name)
     kind = dtype or torch.bfloat16
+    refuse_dtype(config, kind, checkpoint.name)
     cls = model_class(config, checkpoint.name)
     skeleton, view = build_skeleton(cls, config, kind)
     source = gguf.expert_source(experts_modules(view), kind)
@@ -179,7 +188,7 @@ def experts_modules(view: MoEView) -> list[ExpertsModule]:
     """Describe a view's experts modules for the checkpoint readers, which know no modules."""
     return [
         ExpertsModule(
-            prefix=block.name,
+            prefix=block.stored_name or block.name,
             experts=block.geometry.experts,
             params=block.param_shapes,
             transposed=block.transposed,
