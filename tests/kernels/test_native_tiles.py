@@ -8,10 +8,10 @@ import threading
 import numpy as np
 import pytest
 import torch
-from kernels.tile_rig import CODECS, Tiled, expected, make, pack, quantize
 
 from gangline.formats import get_codec
 from gangline.kernels.cpu import native
+from kernels.tile_rig import CODECS, Tiled, expected, make, pack, quantize
 
 core = native()
 if core is None:
@@ -42,7 +42,7 @@ def rng(seed: int) -> np.random.Generator:
 
 
 def multiply(w: Tiled, x_TI: np.ndarray, shift: int = 64) -> np.ndarray:
-    """The kernel's product; the weights begin ``shift`` bytes after a multiple of 64, the floats after one of 4."""
+    """The kernel's product; the weights begin ``shift`` bytes after a multiple of 64."""
     space = np.zeros(len(w.raw) + 192, np.uint8)
     at = -space.ctypes.data % 64 + shift
     space[at : at + len(w.raw)] = w.raw

@@ -1,6 +1,7 @@
-"""Matrices in tiles for tests: packed here from the words of the layout, apart from the codec and from the kernels.
+"""Matrices in tiles for tests: packed here from the words of the layout, apart from codec and kernels.
 
-Shape suffixes: O rows, I columns, C columns filled up to whole groups, G groups, P rows filled up to 16s, T tokens.
+Shape suffixes: O rows, I columns, C columns filled up to whole groups, G groups, P rows filled up to 16s,
+T tokens.
 """
 
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ def quantize(x_TI: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def expected(w: Tiled, x_TI: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The product with rounded activations in fp64, and the sum of magnitudes that bounds its rounding error."""
+    """The product with rounded activations in fp64, and the sum of magnitudes that bounds its error."""
     group = w.kind.group
     q_TC, scale_TG = quantize(x_TI, group)
     q_TGL = q_TC.reshape(len(x_TI), -1, group)
