@@ -54,7 +54,8 @@ inline int smaller(int a, int b) { return a < b ? a : b; }
 inline float smaller(float a, float b) { return a < b ? a : b; }
 inline float larger(float a, float b) { return a > b ? a : b; }
 
-inline float power(float error) { return (error * error) * std::sqrt(error); }
+// What an error counts, in steps of the scale without clipping.
+inline float penalty(float error) { return (error * error) * (error * 2.0F + 1.0F); }
 
 inline std::uint32_t half_of(float scale) { return (std::bit_cast<std::uint32_t>(scale) >> 13) - (112U << 10); }
 
@@ -115,6 +116,15 @@ inline bool find_range(const Columns& w, Lanes& low, Lanes& high) {
     return sound;
 }
 
+inline const Lanes& added(Lanes* sums) {
+    for (int half = partial_sums / 2; half > 0; half /= 2) {
+        for (int j = 0; j < half; ++j) {
+            for (int l = 0; l < lanes; ++l) sums[j].v[l] += sums[j + half].v[l];
+        }
+    }
+    return sums[0];
+}
+
 // What the search of one group of every lane knows; see _Groups in formats/clip.py.
 struct Search {
     const Columns& w;
@@ -131,8 +141,11 @@ struct Search {
     }
 
     Lanes score(const Lanes& scale) const {
-        Lanes inverse, sums[partial_sums] = {};
-        for (int l = 0; l < lanes; ++l) inverse.v[l] = 1.0F / scale.v[l];
+        Lanes inverse, ratio, sums[partial_sums] = {};
+        for (int l = 0; l < lanes; ++l) {
+            inverse.v[l] = 1.0F / scale.v[l];
+            ratio.v[l] = scale.v[l] / unit.v[l];
+        }
         for (int c = 0; c < w.count; c += partial_sums) {
             for (int j = 0; j < partial_sums; ++j) {
                 for (int l = 0; l < lanes; ++l) {
@@ -140,17 +153,11 @@ struct Search {
                     float q = (x + rounder) - rounder;
                     q = q > floor.v[l] ? q : floor.v[l];
                     q = q < ceil.v[l] ? q : ceil.v[l];
-                    sums[j].v[l] += power(std::fabs(q - x));
+                    sums[j].v[l] += penalty(std::fabs(q - x) * ratio.v[l]);
                 }
             }
         }
-        for (int half = partial_sums / 2; half > 0; half /= 2) {
-            for (int j = 0; j < half; ++j) {
-                for (int l = 0; l < lanes; ++l) sums[j].v[l] += sums[j + half].v[l];
-            }
-        }
-        for (int l = 0; l < lanes; ++l) sums[0].v[l] *= power(scale.v[l] / unit.v[l]);
-        return sums[0];
+        return added(sums);
     }
 
     Lanes clip_cost(const Lanes& scale) const {
@@ -159,7 +166,7 @@ struct Search {
             const float inverse = 1.0F / scale.v[l];
             const float under = floor.v[l] - low.v[l] * inverse, over = high.v[l] * inverse - ceil.v[l];
             const float most = under > over ? under : over;
-            cost.v[l] = power(most > 0.0F ? most : 0.0F) * power(scale.v[l] / unit.v[l]);
+            cost.v[l] = penalty((most > 0.0F ? most : 0.0F) * (scale.v[l] / unit.v[l]));
         }
         return cost;
     }
@@ -252,23 +259,18 @@ inline float inverse_power(std::int32_t exponent) {
     return std::bit_cast<float>(static_cast<std::uint32_t>(255 - exponent) << 23);
 }
 
-inline Lanes mx_error(const Columns& w, const Integers& exponent) {
+inline Lanes mx_error(const Columns& w, const Integers& exponent, float unit) {
     Lanes inverse, sums[partial_sums] = {};
     for (int l = 0; l < lanes; ++l) inverse.v[l] = inverse_power(exponent.v[l]);
     for (int c = 0; c < w.count; c += partial_sums) {
         for (int j = 0; j < partial_sums; ++j) {
             for (int l = 0; l < lanes; ++l) {
                 const float x = std::fabs(w.at[c + j].v[l] * inverse.v[l]);
-                sums[j].v[l] += power(std::fabs(magnitude(x) - x));
+                sums[j].v[l] += penalty(std::fabs(magnitude(x) - x) * unit);
             }
         }
     }
-    for (int half = partial_sums / 2; half > 0; half /= 2) {
-        for (int j = 0; j < half; ++j) {
-            for (int l = 0; l < lanes; ++l) sums[j].v[l] += sums[j + half].v[l];
-        }
-    }
-    return sums[0];
+    return added(sums);
 }
 
 inline bool encode_mx(const Columns& w, Integers& exponent, Words& words) {
@@ -281,10 +283,10 @@ inline bool encode_mx(const Columns& w, Integers& exponent, Words& words) {
         exponent.v[l] = field > 2 ? field : 2;
         next.v[l] = exponent.v[l] + 1;
     }
-    const Lanes clipping = mx_error(w, exponent), wider = mx_error(w, next);
+    const Lanes clipping = mx_error(w, exponent, 1.0F), wider = mx_error(w, next, 2.0F);
     Lanes inverse;
     for (int l = 0; l < lanes; ++l) {
-        if (wider.v[l] * power(2.0F) < clipping.v[l] * margin) exponent.v[l] = next.v[l];
+        if (wider.v[l] < clipping.v[l] * margin) exponent.v[l] = next.v[l];
         inverse.v[l] = inverse_power(exponent.v[l]);
     }
     for (int c = 0; c < w.count; c += quad_columns) {

@@ -12,10 +12,12 @@ BITS = [2, 3, 4, 8]
 
 
 def loss(w_NL: torch.Tensor, scale_N: torch.Tensor, bits: int) -> np.ndarray:
-    """Sum of |error|^2.5 of every group in float64, from the fp32 weights that decoding gives."""
+    """What the errors of every group count, in float64, from the fp32 weights that decoding gives."""
     w, s = w_NL.numpy(), scale_N.numpy()[:, None]
+    unit = plain_scale(w_NL.abs().amax(1), bits).double().numpy()[:, None]
     codes = np.clip(np.rint(w / s), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1).astype(np.float32)
-    return (np.abs((codes * s).astype(np.float64) - w) ** 2.5).sum(1)
+    steps = np.abs((codes * s).astype(np.float64) - w) / unit
+    return (steps**2 * (1 + 2 * steps)).sum(1)
 
 
 def groups(kind: str, seed: int, spread: float) -> torch.Tensor:
@@ -55,7 +57,7 @@ def test_search_finds_the_best_of_all_candidates(bits: int, kind: str, seed: int
     found = search_scale(w_NL, bits)
     assert torch.stack([found == scale for scale in tried]).any(0).all()
     # A group without any error in one candidate can only be matched to fp32's rounding of weights.
-    floor = 32 * (float(peak.max()) * 2e-7) ** 2.5
+    floor = 32 * (2**bits * 2e-7) ** 2
     assert (loss(w_NL, found, bits) <= best * (1 + 1e-4) + floor).all()
 
 

@@ -9,19 +9,15 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from gangline.checkpoint.pack_index import DATA_FILE, INDEX_FILE, PackIndex, PackLayout, read_index
 from gangline.checkpoint.pack_partial import Fields, PartialPack, layer_checksums
+from gangline.checkpoint.recode import recode, recode_layout
 from gangline.checkpoint.source import ExpertSource
 from gangline.core.errors import CheckpointError, PackError
-from gangline.core.layout import ExpertCatalog, ExpertLayout, FieldSpec
+from gangline.core.layout import ExpertCatalog, ExpertLayout
 from gangline.core.sizes import format_size
-from gangline.formats import get_codec
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +47,9 @@ def write_pack(
         folder: the folder to make; its parent must be on the disk where the pack shall lie.
         key: what the pack is made for: the same key must mean the same bytes.
         codec: codec to store every matrix in (approximate, unless it holds the stored values exactly), or
-            ``None`` to keep the source's bytes. With a codec every matrix is laid ``(out, in)``.
+            ``None`` to keep the source's bytes. With a codec every matrix is laid ``(out, in)``. The word
+            ``tiled`` means the order in which the native kernels read, without a change of any weight
+            (``recode.py``).
         origin: the checkpoint, in words, for whoever reads the index.
         progress: called with bytes done and bytes in all.
 
@@ -152,18 +150,6 @@ def _make(
     return partial.publish(folder, origin)
 
 
-def recode_layout(layout: ExpertLayout, codec: str | None) -> ExpertLayout:
-    """The layout that a pack gives to experts of ``layout`` when it is written with ``codec``."""
-    return ExpertLayout(tuple(_recode_spec(field, codec) for field in layout.fields))
-
-
-def _recode_spec(field: FieldSpec, codec: str | None) -> FieldSpec:
-    if codec is None or field.codec == codec:
-        return field
-    shape = (field.shape[1], field.shape[0]) if field.transposed else field.shape
-    return replace(field, shape=shape, codec=codec, nbytes=get_codec(codec).nbytes(shape), transposed=False)
-
-
 def _recoded(source: ExpertSource, layer: int, target: ExpertLayout) -> Iterator[Fields]:
     """The experts of a layer in the layout of the pack."""
     specs = list(zip(source.layouts[layer].fields, target.fields, strict=True))
@@ -178,14 +164,7 @@ def _recoded(source: ExpertSource, layer: int, target: ExpertLayout) -> Iterator
                 f"layer {layer}: the checkpoint cannot be read ({error.strerror}: {error.filename}); "
                 "check the disk it lies on"
             ) from error
-        yield tuple(_recode(raw, old, new) for raw, (old, new) in zip(fields, specs, strict=True))
-
-
-def _recode(raw: Tensor, old: FieldSpec, new: FieldSpec) -> Tensor:
-    if old == new:
-        return raw.contiguous()
-    weight = get_codec(old.codec).decode(raw, old.shape, torch.float32)
-    return get_codec(new.codec).encode(weight.T.contiguous() if old.transposed else weight)
+        yield tuple(recode(raw, old, new) for raw, (old, new) in zip(fields, specs, strict=True))
 
 
 def _check_room(folder: Path, needed: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gangline.core.errors import FormatError
-from gangline.formats.clip import MARGIN, ordered_sum, power
+from gangline.formats.clip import MARGIN, ordered_sum, penalty
 from gangline.formats.codec import CHUNK, Shape, check_raw, check_rows, check_shape
 
 BLOCK = 32
@@ -50,8 +50,8 @@ def encode_e2m1(w_NL: Tensor) -> tuple[Tensor, Tensor]:
     """E2M1 codes ``(N, L)`` and E8M0 exponents ``(N,)``, both uint8, of groups of weights.
 
     Of the exponent that brings the largest magnitude into [4, 8), where what is past 6 is clipped, and the
-    next, which clips nothing, the one with the smaller error is taken (``clip.py`` has the norm; only
-    operations that every machine rounds alike). Zero is always positive.
+    next, which clips nothing, the one with the smaller error is taken (``clip.py`` says what errors count).
+    Zero is always positive.
 
     Raises:
         FormatError: a weight is nan or infinite.
@@ -64,7 +64,7 @@ def encode_e2m1(w_NL: Tensor) -> tuple[Tensor, Tensor]:
     # At 2 the reciprocal of the scale is the largest power of two that fp32 holds.
     clipping_N = ((peak_N.view(torch.int32) >> 23) - 2).clamp_(min=2)
     w_LN = w_NL.t().contiguous()
-    wider = _error(w_LN, clipping_N + 1) * power(torch.tensor(2.0)) < _error(w_LN, clipping_N) * MARGIN
+    wider = _error(w_LN, clipping_N + 1, 2.0) < _error(w_LN, clipping_N, 1.0) * MARGIN
     exponent_N = clipping_N + wider.to(torch.int32)
     return _nearest_e2m1(w_NL, exponent_N[:, None]), exponent_N.to(torch.uint8)
 
@@ -74,9 +74,9 @@ def _doubled(w: Tensor, exponent: Tensor) -> Tensor:
     return w * ((255 - exponent) << 23).view(torch.float32)
 
 
-def _error(w_LN: Tensor, exponent_N: Tensor) -> Tensor:
+def _error(w_LN: Tensor, exponent_N: Tensor, unit: float) -> Tensor:
     x_LN = _doubled(w_LN, exponent_N).abs_()
-    return ordered_sum(power((decode_e2m1(_magnitude_code(x_LN)) - x_LN).abs_()))
+    return ordered_sum(penalty((decode_e2m1(_magnitude_code(x_LN)) - x_LN).abs_().mul_(unit)))
 
 
 def _nearest_e2m1(w: Tensor, exponent: Tensor) -> Tensor:

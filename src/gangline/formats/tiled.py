@@ -217,7 +217,8 @@ class TiledMXFP4Codec(TiledCodec):
 
 def _by_block(part_OX: Tensor, fill: int) -> Tensor:
     """Rows by row blocks ``(R, 16, X)``, missing rows filled."""
-    return pad(part_OX, (0, 0, 0, -len(part_OX) % ROWS), value=fill).unflatten(0, (-1, ROWS))
+    filled_RSX: Tensor = pad(part_OX, (0, 0, 0, -len(part_OX) % ROWS), value=fill).unflatten(0, (-1, ROWS))
+    return filled_RSX
 
 
 def tiled_codecs() -> list[TiledCodec]:

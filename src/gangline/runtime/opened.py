@@ -11,12 +11,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gangline.checkpoint.gguf import GGUFCheckpoint
 from gangline.checkpoint.locate import LocalCheckpoint, RemoteCheckpoint
-from gangline.checkpoint.pack import recode_layout
+from gangline.checkpoint.recode import recode_layout
 from gangline.checkpoint.resolve import resolve_index
 from gangline.checkpoint.safetensors_index import SafetensorsIndex
 from gangline.checkpoint.source import ExpertsModule, ExpertSource
 from gangline.core.errors import UsageError
 from gangline.core.layout import ExpertCatalog, ExpertLayout
+from gangline.formats import codec_names
 from gangline.models import MoEView
 from gangline.runtime.dense import (
     build_skeleton,
@@ -31,21 +32,34 @@ from gangline.runtime.files import ALIGN
 from gangline.runtime.footprint import Footprint, measure_footprint
 from gangline.runtime.read_plan import plan_reads
 
-# Group sizes at which round-to-nearest loses little for few bits (4.25 and 8.125 true bits per weight).
-PRECISIONS = {"stored": None, "int8": "int8g128", "int4": "int4g64"}
+# Group sizes at which round-to-nearest loses little for few bits: 8.125, 4.25, 3.25 and 2.5 bits per weight in all.
+PRECISIONS = {
+    "stored": None,
+    "int8": "tile16:int8g128",
+    "int4": "tile16:int4g64",
+    "int3": "tile16:int3g64",
+    "int2": "tile16:int2g32",
+}
 
 
 def codec_of(precision: str) -> str | None:
-    """Return the codec of a precision: ``stored``, ``int8``, ``int4``, or a codec name such as ``int4g32``.
+    """Return the codec of a precision: None for ``stored``, else tiles (``gangline.formats.tiled``).
+
+    Args:
+        precision: ``stored``, ``int8``, ``int4``, ``int3``, ``int2``, or a width with its group and, with a
+            zero point for every group, the letter z: ``int4g32``, ``int2g32z``.
 
     Raises:
         UsageError: another name.
     """
     if precision in PRECISIONS:
         return PRECISIONS[precision]
-    if precision.startswith("int") and "g" in precision:
-        return precision
-    raise UsageError(f"unknown precision {precision!r}; choose stored, int8, int4, or for example int4g32")
+    codec = f"tile16:{precision}"
+    if precision.startswith("int") and codec in codec_names():
+        return codec
+    raise UsageError(
+        f"unknown precision {precision!r}; choose {', '.join(PRECISIONS)}, or for example int4g32 or int4g32z"
+    )
 
 
 @dataclass(frozen=True)
@@ -82,7 +96,7 @@ class OpenedModel:
 
     def in_place(self, codec: str | None) -> ExpertCatalog | None:
         """Return where experts can be read as the files are, or None if they need a pack."""
-        return self.source.catalog if codec is None else None
+        return self.source.catalog if self.layouts(codec) == tuple(self.source.layouts) else None
 
     def footprint(self, codec: str | None) -> Footprint:
         """Return the model's sizes at a precision."""
