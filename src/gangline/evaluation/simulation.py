@@ -222,7 +222,7 @@ def capacity_slots(text: str, trace: Trace) -> int:
             slots = int(text)
         else:
             slots = parse_size(text) // max(header.expert_bytes)
-    except ValueError as error:
+    except (ValueError, UsageError) as error:
         raise UsageError(f"capacity {text!r} is no number of slots, share, size or rho=NUMBER") from error
     if slots < 1:
         raise UsageError(
