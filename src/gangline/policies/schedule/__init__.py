@@ -2,7 +2,7 @@
 
 from gangline.policies.schedule.fiddler import Fiddler
 from gangline.policies.schedule.freetoken import FreeTokenSchedule, q_star, split, split_contended
-from gangline.policies.schedule.hybrimoe import HybriMoESchedule, two_ended
+from gangline.policies.schedule.hybrimoe import HybriMoESchedule, best_prefixes, two_ended
 from gangline.policies.schedule.layer_ring import LayerRing, RingLoad, ring_seconds
 from gangline.policies.schedule.protocol import Assignment, Place, Scheduler
 
@@ -15,6 +15,7 @@ __all__ = [
     "Place",
     "RingLoad",
     "Scheduler",
+    "best_prefixes",
     "q_star",
     "ring_seconds",
     "split",
