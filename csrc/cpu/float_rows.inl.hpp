@@ -1,5 +1,5 @@
-// y = x W^T for rows of plain numbers (fp32, fp16, bf16), fp32 accumulation: one running vector a row and token, columns in
-// ascending order, whatever the block of rows and tokens. Rows need no alignment.
+// y = x W^T for rows of plain numbers (fp32, fp16, bf16), fp32 accumulation: two running vectors a row and token, which take
+// turns along the columns, whatever the number of rows and tokens. Rows need no alignment.
 #pragma once
 
 #include "matrix.hpp"
@@ -37,59 +37,76 @@ inline void prefetch(const void* p) {
 #endif
 }
 
+constexpr int chains = 2;
+
 template <class Weights, int R, int T>
-inline void float_block(const std::uint8_t* w, std::ptrdiff_t row_bytes, int cols, const float* x, std::ptrdiff_t stride,
-                        float* y, std::ptrdiff_t y_stride) {
-    Vec acc[R][T];
-    for (int r = 0; r < R; ++r)
-        for (int t = 0; t < T; ++t) acc[r][t] = Vec::zero();
+inline void float_rows(const std::uint8_t* w, int cols, const float* x, std::ptrdiff_t stride, float* y,
+                       std::ptrdiff_t y_stride) {
+    constexpr int step = chains * Vec::width;
+    constexpr int ahead = 2048;  // bytes: far enough to hide memory, near enough to stay in the first cache
+    const std::ptrdiff_t row_bytes = std::ptrdiff_t{cols} * Weights::size;
+    Vec acc[chains][R][T];
+    for (int k = 0; k < chains; ++k)
+        for (int r = 0; r < R; ++r)
+            for (int t = 0; t < T; ++t) acc[k][r][t] = Vec::zero();
     int c = 0;
-    for (; c + Vec::width <= cols; c += Vec::width) {
-        Vec weight[R];
-        for (int r = 0; r < R; ++r) {
-            const std::uint8_t* at = w + r * row_bytes + std::ptrdiff_t{c} * Weights::size;
-            // The same columns of the next block of rows.
-            if (T == 1) prefetch(at + R * row_bytes);
-            weight[r] = Weights::load(at);
+    for (; c + step <= cols; c += step) {
+        const std::uint8_t* at = w + std::ptrdiff_t{c} * Weights::size;
+        if (T == 1) {
+            for (int r = 0; r < R; ++r) {
+                for (int i = 0; i < step * Weights::size; i += 64) prefetch(at + r * row_bytes + ahead + i);
+            }
         }
-        for (int t = 0; t < T; ++t) {
-            const Vec activation = Vec::load(x + t * stride + c);
-            for (int r = 0; r < R; ++r) acc[r][t] = fma(weight[r], activation, acc[r][t]);
+        for (int k = 0; k < chains; ++k) {
+            Vec weight[R];
+            for (int r = 0; r < R; ++r) weight[r] = Weights::load(at + r * row_bytes + k * Vec::width * Weights::size);
+            for (int t = 0; t < T; ++t) {
+                const Vec activation = Vec::load(x + t * stride + c + k * Vec::width);
+                for (int r = 0; r < R; ++r) acc[k][r][t] = fma(weight[r], activation, acc[k][r][t]);
+            }
         }
     }
-    if (c < cols) {
-        for (int t = 0; t < T; ++t) {
-            const Vec activation = load_part(x + t * stride + c, cols - c);
-            for (int r = 0; r < R; ++r) {
-                const std::uint8_t* at = w + r * row_bytes + std::ptrdiff_t{c} * Weights::size;
-                acc[r][t] = fma(load_weights_part<Weights>(at, cols - c), activation, acc[r][t]);
+    // Constant bounds: an index known only at run time would put the running vectors into memory.
+    for (int k = 0; k < chains; ++k, c += Vec::width) {
+        if (c >= cols) continue;
+        const int count = cols - c < Vec::width ? cols - c : Vec::width;
+        for (int r = 0; r < R; ++r) {
+            const Vec weight = load_weights_part<Weights>(w + r * row_bytes + std::ptrdiff_t{c} * Weights::size, count);
+            for (int t = 0; t < T; ++t) {
+                acc[k][r][t] = fma(weight, load_part(x + t * stride + c, count), acc[k][r][t]);
             }
         }
     }
     for (int t = 0; t < T; ++t)
-        for (int r = 0; r < R; ++r) y[t * y_stride + r] = acc[r][t].sum();
+        for (int r = 0; r < R; ++r) y[t * y_stride + r] = (acc[0][r][t] + acc[1][r][t]).sum();
 }
 
-template <class Weights, int R>
-inline void float_rows(const std::uint8_t* w, std::ptrdiff_t row_bytes, int cols, const Activations& x, float* y,
-                       std::ptrdiff_t y_stride) {
+// One token streams one row after another: the processor fetches a single stream ahead twice as fast as it does two.
+template <class Weights, int R, int T>
+inline void float_tokens(const std::uint8_t* w, int cols, const Activations& x, float* y, std::ptrdiff_t y_stride) {
+    const std::ptrdiff_t row_bytes = std::ptrdiff_t{cols} * Weights::size;
     int t = 0;
-    for (; t + 4 <= x.tokens; t += 4)
-        float_block<Weights, R, 4>(w, row_bytes, cols, x.x + t * x.stride, x.stride, y + t * y_stride, y_stride);
-    for (; t + 2 <= x.tokens; t += 2)
-        float_block<Weights, R, 2>(w, row_bytes, cols, x.x + t * x.stride, x.stride, y + t * y_stride, y_stride);
-    for (; t < x.tokens; ++t)
-        float_block<Weights, R, 1>(w, row_bytes, cols, x.x + t * x.stride, x.stride, y + t * y_stride, y_stride);
+    for (; t + T <= x.tokens; t += T) {
+        float_rows<Weights, R, T>(w, cols, x.x + t * x.stride, x.stride, y + t * y_stride, y_stride);
+    }
+    for (; t < x.tokens; ++t) {
+        for (int r = 0; r < R; ++r) {
+            float_rows<Weights, 1, 1>(w + r * row_bytes, cols, x.x + t * x.stride, x.stride, y + t * y_stride + r,
+                                      y_stride);
+        }
+    }
 }
 
 template <class Weights>
 void float_matmul(const Matrix& w, int row_begin, int row_end, const Activations& x, float* y, std::ptrdiff_t y_stride) {
+    // As many rows at once as leave the running vectors in registers.
+    constexpr int many = Vec::width == 16 ? 4 : 2;
     const std::ptrdiff_t row_bytes = std::ptrdiff_t{w.cols} * Weights::size;
     int r = row_begin;
-    for (; r + 4 <= row_end; r += 4)
-        float_rows<Weights, 4>(w.data + r * row_bytes, row_bytes, w.cols, x, y + r, y_stride);
-    for (; r < row_end; ++r)
-        float_rows<Weights, 1>(w.data + r * row_bytes, row_bytes, w.cols, x, y + r, y_stride);
+    for (; r + many <= row_end; r += many) {
+        float_tokens<Weights, many, 2>(w.data + r * row_bytes, w.cols, x, y + r, y_stride);
+    }
+    for (; r < row_end; ++r) float_tokens<Weights, 1, 2>(w.data + r * row_bytes, w.cols, x, y + r, y_stride);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // y = x W^T for rows of ggml blocks (Q4_0, Q8_0, Q4_K) as they lie in a GGUF file, with activations rounded to int8 in
-// groups of 32: exact integer dot products within a block, fp32 between blocks, in ascending order whatever the block of rows
-// and tokens. Blocks need no alignment.
+// groups of 32: exact integer dot products within a block, fp32 between blocks, in the same order whatever the number of
+// rows and tokens. Blocks need no alignment.
 //
 //   Q4_0  32 weights, 18 bytes: fp16 d, 16 bytes of nibbles (low ones first): d * (q - 8)
 //   Q8_0  32 weights, 34 bytes: fp16 d, 32 signed bytes: d * q
@@ -83,6 +83,13 @@ inline __m256 halves_as_floats(const std::uint8_t* p, int step, int count) {
     return _mm256_cvtph_ps(bits);
 }
 
+inline __m256 some_floats(const float* p, int count) {
+    if (count >= 8) return _mm256_loadu_ps(p);
+    float part[8] = {};
+    std::memcpy(part, p, sizeof(float) * static_cast<std::size_t>(count));
+    return _mm256_loadu_ps(part);
+}
+
 inline float sum_lanes(__m256 v) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -120,66 +127,65 @@ struct Q8_0 {
 #endif
 };
 
-// R rows and T tokens of a format whose blocks have one scale. Scales are prepared for eight blocks at a time.
+constexpr int ggml_ahead = 2048;  // bytes to ask for in advance, along the one stream of a single token
+
+// R rows and T tokens of a format whose blocks have one scale. Scales are prepared for eight blocks at a time; even and odd
+// blocks have running sums of their own.
 template <class Format, int R, int T>
 inline void small_blocks(const std::uint8_t* w, std::ptrdiff_t row_bytes, int blocks, const Activations& x, int token,
                          float* y, std::ptrdiff_t y_stride) {
-    __m256 acc[R][T];
+    __m256 even[R][T], odd[R][T];
     for (int r = 0; r < R; ++r)
-        for (int t = 0; t < T; ++t) acc[r][t] = _mm256_setzero_ps();
-    const std::int8_t* q[T];
-    const float* x_scale[T];
-    const std::int32_t* x_sum[T];
-    for (int t = 0; t < T; ++t) {
-        q[t] = x.q + std::ptrdiff_t{token + t} * x.padded;
-        x_scale[t] = x.scale + std::ptrdiff_t{token + t} * blocks;
-        x_sum[t] = x.sum + std::ptrdiff_t{token + t} * blocks;
-    }
+        for (int t = 0; t < T; ++t) even[r][t] = odd[r][t] = _mm256_setzero_ps();
     alignas(32) float scale[R][T][8];
+    const auto add = [&](__m256 (&acc)[R][T], const std::uint8_t* first, int b, int i) {
+        __m256i weights[R];
+        for (int r = 0; r < R; ++r) weights[r] = Format::weights(first + r * row_bytes + i * Format::bytes);
+        for (int t = 0; t < T; ++t) {
+            const std::ptrdiff_t at = std::ptrdiff_t{token + t} * blocks + b + i;
+            const __m256i values = load_bytes(x.q + at * ggml_block);
+            const __m256i start = Format::start(x.sum[at]);
+            for (int r = 0; r < R; ++r) {
+                const __m256 dot = _mm256_cvtepi32_ps(Format::dot(start, weights[r], values));
+                acc[r][t] = _mm256_fmadd_ps(dot, _mm256_broadcast_ss(&scale[r][t][i]), acc[r][t]);
+            }
+        }
+    };
     for (int b = 0; b < blocks; b += 8) {
         const int count = blocks - b < 8 ? blocks - b : 8;
         const std::uint8_t* first = w + std::ptrdiff_t{b} * Format::bytes;
-        __m256 x_scales[T];
-        for (int t = 0; t < T; ++t) {
-            alignas(32) float part[8] = {};
-            if (count < 8) std::memcpy(part, x_scale[t] + b, sizeof(float) * static_cast<std::size_t>(count));
-            x_scales[t] = _mm256_loadu_ps(count < 8 ? part : x_scale[t] + b);
+        if (T == 1) {
+            for (int i = 0; i < 8 * Format::bytes; i += 64) ask_for(first + ggml_ahead + i);
         }
         for (int r = 0; r < R; ++r) {
             const __m256 d = halves_as_floats(first + r * row_bytes, Format::bytes, count);
-            for (int t = 0; t < T; ++t) _mm256_store_ps(scale[r][t], _mm256_mul_ps(d, x_scales[t]));
-            // The same blocks of the next rows.
-            if (T == 1) {
-                for (int i = 0; i < 8 * Format::bytes; i += 64) ask_for(first + (R + r) * row_bytes + i);
+            for (int t = 0; t < T; ++t) {
+                const __m256 x_scale = some_floats(x.scale + std::ptrdiff_t{token + t} * blocks + b, count);
+                _mm256_store_ps(scale[r][t], _mm256_mul_ps(d, x_scale));
             }
         }
-        for (int i = 0; i < count; ++i) {
-            __m256i weights[R];
-            for (int r = 0; r < R; ++r) weights[r] = Format::weights(first + r * row_bytes + i * Format::bytes);
-            for (int t = 0; t < T; ++t) {
-                const __m256i values = load_bytes(q[t] + std::ptrdiff_t{b + i} * ggml_block);
-                const __m256i start = Format::start(x_sum[t][b + i]);
-                for (int r = 0; r < R; ++r) {
-                    const __m256 dot = _mm256_cvtepi32_ps(Format::dot(start, weights[r], values));
-                    acc[r][t] = _mm256_fmadd_ps(dot, _mm256_broadcast_ss(&scale[r][t][i]), acc[r][t]);
-                }
-            }
+        for (int i = 0; i < count; i += 2) {
+            add(even, first, b, i);
+            if (i + 1 < count) add(odd, first, b, i + 1);
         }
     }
     for (int t = 0; t < T; ++t)
-        for (int r = 0; r < R; ++r) y[(token + t) * y_stride + r] = sum_lanes(acc[r][t]);
+        for (int r = 0; r < R; ++r) {
+            y[(token + t) * y_stride + r] = sum_lanes(_mm256_add_ps(even[r][t], odd[r][t]));
+        }
 }
 
 inline __m256 bytes_as_floats(std::uint64_t bytes) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes))));
 }
 
+// The same for Q4_K; low and high nibbles have running sums of their own.
 template <int R, int T>
 inline void super_blocks(const std::uint8_t* w, std::ptrdiff_t row_bytes, int blocks, const Activations& x, int token,
                          float* y, std::ptrdiff_t y_stride) {
-    __m256 acc[R][T], mins[R][T];
+    __m256 even[R][T], odd[R][T], mins[R][T];
     for (int r = 0; r < R; ++r)
-        for (int t = 0; t < T; ++t) acc[r][t] = mins[r][t] = _mm256_setzero_ps();
+        for (int t = 0; t < T; ++t) even[r][t] = odd[r][t] = mins[r][t] = _mm256_setzero_ps();
     alignas(32) float scale[R][T][q4_k_groups];
     for (int b = 0; b < blocks; ++b) {
         const std::uint8_t* block = w + std::ptrdiff_t{b} * q4_k_bytes;
@@ -191,6 +197,9 @@ inline void super_blocks(const std::uint8_t* w, std::ptrdiff_t row_bytes, int bl
             x_scales[t] = _mm256_loadu_ps(x.scale + at);
             x_sums[t] = _mm256_mul_ps(x_scales[t], _mm256_cvtepi32_ps(load_bytes(x.sum + at)));
         }
+        if (T == 1) {
+            for (int i = 0; i < q4_k_bytes; i += 64) ask_for(block + ggml_ahead + i);
+        }
         for (int r = 0; r < R; ++r) {
             const std::uint8_t* head = block + r * row_bytes;
             const SixBits six = six_bits(head + 4);
@@ -199,9 +208,6 @@ inline void super_blocks(const std::uint8_t* w, std::ptrdiff_t row_bytes, int bl
             for (int t = 0; t < T; ++t) {
                 _mm256_store_ps(scale[r][t], _mm256_mul_ps(scales, x_scales[t]));
                 mins[r][t] = _mm256_fmadd_ps(lows, x_sums[t], mins[r][t]);
-            }
-            if (T == 1) {
-                for (int i = 0; i < q4_k_bytes; i += 64) ask_for(head + R * row_bytes + i);
             }
         }
         for (int pair = 0; pair < q4_k_groups / 2; ++pair) {
@@ -213,14 +219,17 @@ inline void super_blocks(const std::uint8_t* w, std::ptrdiff_t row_bytes, int bl
                     const std::int8_t* values = q[t] + 2 * pair * ggml_block;
                     const __m256 first = _mm256_cvtepi32_ps(dot_unsigned(none, low, load_bytes(values)));
                     const __m256 second = _mm256_cvtepi32_ps(dot_unsigned(none, high, load_bytes(values + ggml_block)));
-                    acc[r][t] = _mm256_fmadd_ps(first, _mm256_broadcast_ss(&scale[r][t][2 * pair]), acc[r][t]);
-                    acc[r][t] = _mm256_fmadd_ps(second, _mm256_broadcast_ss(&scale[r][t][2 * pair + 1]), acc[r][t]);
+                    even[r][t] = _mm256_fmadd_ps(first, _mm256_broadcast_ss(&scale[r][t][2 * pair]), even[r][t]);
+                    odd[r][t] = _mm256_fmadd_ps(second, _mm256_broadcast_ss(&scale[r][t][2 * pair + 1]), odd[r][t]);
                 }
             }
         }
     }
     for (int t = 0; t < T; ++t)
-        for (int r = 0; r < R; ++r) y[(token + t) * y_stride + r] = sum_lanes(_mm256_sub_ps(acc[r][t], mins[r][t]));
+        for (int r = 0; r < R; ++r) {
+            const __m256 sum = _mm256_sub_ps(_mm256_add_ps(even[r][t], odd[r][t]), mins[r][t]);
+            y[(token + t) * y_stride + r] = sum_lanes(sum);
+        }
 }
 
 struct Q4_K {
@@ -234,19 +243,15 @@ inline void ggml_blocks(const std::uint8_t* w, std::ptrdiff_t row_bytes, int blo
     else small_blocks<Format, R, T>(w, row_bytes, blocks, x, token, y, y_stride);
 }
 
+// Several tokens share what is unpacked; one token streams one row after another, which is what memory likes best.
 template <class Format, int R>
 inline void ggml_rows(const std::uint8_t* w, std::ptrdiff_t row_bytes, int blocks, const Activations& x, float* y,
                       std::ptrdiff_t y_stride) {
-    // With one token, rows hide each other's latency; with several, the tokens do, and weights are unpacked once for all.
-    constexpr int several = 4;
     int t = 0;
-    constexpr int rows = R < 2 ? R : 2;
-    for (; t + several <= x.tokens; t += several) {
-        for (int r = 0; r < R; r += rows) {
-            ggml_blocks<Format, rows, several>(w + r * row_bytes, row_bytes, blocks, x, t, y + r, y_stride);
-        }
+    for (; t + 2 <= x.tokens; t += 2) ggml_blocks<Format, R, 2>(w, row_bytes, blocks, x, t, y, y_stride);
+    for (; t < x.tokens; ++t) {
+        for (int r = 0; r < R; ++r) ggml_blocks<Format, 1, 1>(w + r * row_bytes, row_bytes, blocks, x, t, y + r, y_stride);
     }
-    for (; t < x.tokens; ++t) ggml_blocks<Format, R, 1>(w, row_bytes, blocks, x, t, y, y_stride);
 }
 
 #else
@@ -312,7 +317,7 @@ void ggml_matmul(const Matrix& w, int row_begin, int row_end, const Activations&
     const int blocks = w.cols / (Format::bytes == q4_k_bytes ? ggml_block * q4_k_groups : ggml_block);
     const std::ptrdiff_t row_bytes = std::ptrdiff_t{blocks} * Format::bytes;
     int r = row_begin;
-    for (; r + 4 <= row_end; r += 4) ggml_rows<Format, 4>(w.data + r * row_bytes, row_bytes, blocks, x, y + r, y_stride);
+    for (; r + 2 <= row_end; r += 2) ggml_rows<Format, 2>(w.data + r * row_bytes, row_bytes, blocks, x, y + r, y_stride);
     for (; r < row_end; ++r) ggml_rows<Format, 1>(w.data + r * row_bytes, row_bytes, blocks, x, y + r, y_stride);
 }
 
