@@ -78,15 +78,16 @@ def run_side(side: str, args: argparse.Namespace) -> Run | None:
         "seed": args.seed,
         "vocab": json.loads((args.model / "config.json").read_text())["vocab_size"],
         "threads": args.threads,
+        "precision": args.precision,
     }
     command = [sys.executable, str(Path(__file__).with_name("sides.py")), json.dumps(job)]
     env = {"OMP_NUM_THREADS": str(args.threads)}
-    shards = sorted(args.model.glob("*.safetensors"))
+    files = sorted(args.model.glob("*.safetensors"))
     drop_page_cache()
     with read_ahead(args.model, args.read_ahead if side == "llamacpp" else None):
         seen, disk = beside_disk(
-            shards[:-1] or shards,  # the last one may be small
-            EXPERT_BYTES,
+            files[:-1] or files,  # the last one may be small
+            min(EXPERT_BYTES, files[0].stat().st_size),
             lambda: run_confined(command, memory=args.limit, env=env, timeout=args.timeout),
         )
     if seen.report is None:
@@ -223,6 +224,7 @@ def parse_args() -> argparse.Namespace:
     add("--timeout", type=float, default=1800, help="seconds for one run")
     add("--out", type=Path, help="result file, for example benchmarks/results/offload_vs_peers.json")
     args = parser.parse_args()
+    args.precision = "stored"
     args.sides = args.sides or list(SIDES)
     args.limit = args.limit or args.memory
     args.gguf = args.gguf or args.model.with_name(f"{args.model.name}-bf16.gguf")

@@ -53,30 +53,27 @@ class TransformersEngine:
 
 
 class LlamaCppEngine:
-    """llama.cpp through its Python binding, weights mapped."""
+    """llama.cpp, weights mapped and not copied, so that they can be paged."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        from llama_cpp import Llama
+        from gangline.evaluation.compare_speed_llamacpp import LlamaCppSide
 
-        self.llama = Llama(
-            job["gguf"],
-            n_ctx=job["context"],
-            n_batch=512,
-            n_ubatch=512,
-            n_threads=job["threads"],
-            n_threads_batch=job["threads"],
-            use_mmap=True,
-            logits_all=False,
-            verbose=False,
+        self.side = LlamaCppSide(
+            job["gguf"], threads=job["threads"], batch=1, context=job["context"], repack=False
         )
+        self.reset()
 
     def reset(self) -> None:
         """Forget the text so far."""
-        self.llama.reset()
+        self.side.reset()
+        self.past = 0
 
     def feed(self, ids: list[int]) -> None:
         """One or more batches; logits of the last token alone."""
-        self.llama.eval(ids)
+        import torch
+
+        self.side.feed(torch.tensor([ids]), self.past)
+        self.past += len(ids)
 
     def stats(self) -> dict[str, Any]:
         """Return nothing: it keeps no such counters."""
@@ -93,7 +90,12 @@ def open_engine(job: dict[str, Any]) -> Engine:
     if job["side"] == "ours":
         import gangline
 
-        model = gangline.load(job["model"], memory=job["memory"], ctx_size=job["context"])
+        model = gangline.load(
+            job["model"],
+            memory=job["memory"],
+            ctx_size=job["context"],
+            precision=job.get("precision", "stored"),
+        )
         return TransformersEngine(model)
     from transformers import AutoModelForCausalLM
 
@@ -135,7 +137,10 @@ def plan(job: dict[str, Any]) -> None:
     """Leave our plan as a report: in a process of its own, whose memory is a fresh user's."""
     import gangline
 
-    leave_report(gangline.plan(job["model"], memory=job["memory"], ctx_size=job["context"]).to_dict())
+    found = gangline.plan(
+        job["model"], memory=job["memory"], ctx_size=job["context"], precision=job.get("precision", "stored")
+    )
+    leave_report(found.to_dict())
 
 
 if __name__ == "__main__":

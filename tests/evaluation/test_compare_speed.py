@@ -183,7 +183,7 @@ def test_gguf_of_the_same_weights(folder, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="leave --precision out"):
         find_peer("llama.cpp", file, SHORT, threads=1, precision="int4", progress=said.append)
     same = find_peer("llama.cpp", file, SHORT, threads=1, progress=said.append)
-    assert (same.weights, same.job["gguf"]) == ("the same file GGUF", str(file))
+    assert (same.weights, same.job["gguf"]) == ("the same f32 GGUF", str(file))
 
 
 def test_types_have_the_bits_of_the_precision():

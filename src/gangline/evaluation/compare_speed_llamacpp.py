@@ -100,13 +100,17 @@ class LlamaCppSide:
         As in :func:`~gangline.evaluation.speed_run.timed_generation` the last token is not fed: its logits
         are nobody's business any more.
         """
-        self._c.llama_memory_clear(self._c.llama_get_memory(self._context), True)
+        self.reset()
         start = time.perf_counter()
         self.feed(ids_BP, 0)
         first = time.perf_counter()
         for step in range(new_tokens - 1):
             self.feed(following_BN[:, step : step + 1], ids_BP.shape[1] + step)
         return Sample(first - start, time.perf_counter() - first)
+
+    def reset(self) -> None:
+        """Forget all text."""
+        self._c.llama_memory_clear(self._c.llama_get_memory(self._context), True)
 
     def feed(self, ids_BT: Tensor, past: int) -> None:
         """Append tokens to every sequence and compute the logits after the last of each."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from gangline.checkpoint.gguf import GGUFCheckpoint
+from gangline.checkpoint.gguf_header import require_gguf
 from gangline.checkpoint.gguf_writer import GGUFType, gguf_size, write_gguf
 from gangline.checkpoint.locate import LocalCheckpoint, resolve_checkpoint
 from gangline.core.errors import CheckpointError, UsageError
@@ -92,14 +93,14 @@ def find_peer(
     if name == "transformers":
         opened = open_model(checkpoint, dtype)
         return _transformers(opened, model, threads=threads, dtype=dtype, revision=revision, experts=experts)
-    file, kind = gguf, "as given"
+    file, kind = gguf, "" if gguf is None else _file_type(gguf)
     if file is None and checkpoint.gguf is not None:
         if precision != "stored":
             raise UsageError(
                 "llama.cpp runs a GGUF file as it is; leave --precision out, or start from the safetensors "
                 "model"
             )
-        file, kind = checkpoint.gguf, "the same file"
+        file, kind = checkpoint.gguf, "the same " + _file_type(checkpoint.gguf)
     if file is None:
         kind = gguf_type(precision, dtype or open_model(checkpoint, None).dtype)
         file = cached_gguf(checkpoint, kind, progress)
@@ -115,6 +116,20 @@ def find_peer(
     # Mapped and copied into its own layout: the pages of the file can be dropped, but not while it loads.
     needed = 2 * size + _PROCESS
     return Peer(name, metadata.version("llama-cpp-python"), f"{kind} GGUF", job, needed, gguf_reads(file))
+
+
+def _file_type(path: Path) -> str:
+    """Return what a file says of its matrices, for example ``q4_0``."""
+    number = GGUFCheckpoint.open(path).metadata.get("general.file_type")
+    try:
+        return (
+            str(require_gguf().LlamaFileType(number).name)
+            .removeprefix("MOSTLY_")
+            .removeprefix("ALL_")
+            .lower()
+        )
+    except ValueError:
+        return "unknown type of"
 
 
 def gguf_type(precision: str, dtype: torch.dtype) -> GGUFType:
