@@ -23,6 +23,7 @@ HALF_FIELDS = {
 DENSE = ("bf16", "fp16", "fp32", "ggml:F32", "ggml:F16", "ggml:BF16")
 GROUPED = tuple(name for name in codec_names() if name.startswith("int"))
 BLOCKS = tuple(HALF_FIELDS)
+TILED = tuple(name for name in codec_names() if name.startswith("tile16:"))
 ALL = codec_names()
 
 
@@ -49,6 +50,14 @@ def random_raw(name: str, shape: tuple[int, int]) -> Tensor:
     if name == "mxfp4":
         scales = raw[shape[0] * shape[1] // 2 :]
         scales.copy_(torch.randint(100, 140, scales.shape))
+        return raw
+    if name in TILED:
+        parts = codec.parts(raw, shape)
+        scales = parts.scales_RGS
+        mx = name == "tile16:mxfp4"
+        scales.copy_(torch.randint(100, 140, scales.shape) if mx else torch.randn(scales.shape) / 8)
+        if parts.zeros_RGS is not None:
+            parts.zeros_RGS.bitwise_and_(2**codec.layout.width - 1)
         return raw
     _, group = width_and_group(name)
     scales = (torch.rand(shape[0], -(-shape[1] // group)) + 0.01).half()

@@ -7,11 +7,11 @@ and keeps the one with the least ``sum |error|^norm``.
 
 Three differences. Scales are scored as stored, rounded to fp16. For symmetric codes the scales that put the
 largest weight exactly on the last negative or positive code are tried as well, so that weights which already
-lie on a grid come back unchanged. And where that code has ``|error|^2.4``, errors ``d``, in steps of the scale
-without clipping, count ``d^2 (1 + 2 d)``: between the square of small ones and the cube of large ones, locally
-a power of 2.33 at a quarter step and of 2.5 at half a step. It needs only operations that every machine rounds
-alike (square roots and powers in torch are none), summed in a fixed order, so that the native encoder finds the
-same scales, bit for bit.
+lie on a grid come back unchanged. And where that code has ``|error|^2.4``, an error ``d``, in steps of the
+scale without clipping, counts ``d^2 (1 + 2 d)``: between the square of small errors and the cube of large
+ones, locally a power of 2.33 at a quarter step and of 2.5 at half a step. It needs only operations that every
+machine rounds alike (square roots and powers in torch are none), summed in a fixed order, so that the native
+encoder finds the same scales, bit for bit.
 
 A group leaves the search where clipping its largest weight alone already costs more than its best scale so
 far: this cannot change the result. The grid is half as fine as the 100 of that code, for half the time;

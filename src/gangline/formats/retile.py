@@ -13,6 +13,7 @@ from torch import Tensor
 from gangline.core.errors import FormatError
 from gangline.formats.bitstream import planes, unpack
 from gangline.formats.codec import CHUNK, Shape, check_raw
+from gangline.formats.ggml_blocks import bytes_of
 from gangline.formats.grouped import GroupedCodec
 from gangline.formats.mx import BLOCK, MXFP4Codec
 from gangline.formats.registry import get_codec
@@ -73,12 +74,12 @@ def _codes_and_scales(raw: Tensor, shape: Shape, codec: str) -> tuple[Tensor, Te
             raise FormatError(
                 "ggml:MXFP4: a block has the exponent 255, which is nan in tiles; keep this matrix as stored"
             )
-        codes_NL = planes(blocks_NB[:, 1:].contiguous(), 16, 4)
+        codes_NL = planes(bytes_of(blocks_NB, 1, 17), 16, 4)
         # ggml has no negative zero.
         codes_NL = codes_NL.masked_fill_(codes_NL == _NEGATIVE_ZERO, 0)
         return codes_NL.view(shape), exponents_N.reshape(shape[0], -1)
-    scales_N = blocks_NB[:, :2].contiguous().view(torch.float16)
-    body_NB = blocks_NB[:, 2:].contiguous()
+    scales_N = bytes_of(blocks_NB, 0, 2).view(torch.float16)
+    body_NB = bytes_of(blocks_NB, 2, blocks_NB.shape[1])
     # Signed bytes become unsigned ones with 128 for zero.
     codes_NL = body_NB ^ 0x80 if codec == "ggml:Q8_0" else planes(body_NB, 16, 4)
     return codes_NL.view(shape), scales_N.view(shape[0], -1)

@@ -1,0 +1,53 @@
+"""Tiles read byte by byte from the words of the layout: slow, and independent of the codecs."""
+
+import struct
+
+import numpy as np
+from torch import Tensor
+
+
+def parse(name: str) -> tuple[int, int, bool]:
+    """Width, group and whether there are zero points of a ``tile16:`` codec."""
+    if name == "tile16:mxfp4":
+        return 4, 32, False
+    width, group = name.removeprefix("tile16:int").removesuffix("z").split("g")
+    return int(width), int(group), name.endswith("z")
+
+
+def read_tiles(name: str, raw: Tensor, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes ``(out, in)``, scales and zero points ``(out, groups)``."""
+    width, group, has_zeros = parse(name)
+    mx = name == "tile16:mxfp4"
+    data = raw.numpy().tobytes()
+    rows, columns = shape
+    groups = -(-columns // group)
+    head = groups * 16 * ((1 if mx else 2) + has_zeros)
+    head += -head % 64
+    block_bytes = head + 16 * groups * group * width // 8
+    assert len(data) == -(-rows // 16) * block_bytes
+    codes = np.zeros(shape, dtype=np.int64)
+    scales, zeros = np.zeros((rows, groups)), np.zeros((rows, groups), dtype=np.int64)
+    for row in range(rows):
+        block, r = data[row // 16 * block_bytes : (row // 16 + 1) * block_bytes], row % 16
+        for g in range(groups):
+            at = 16 * g + r
+            scales[row, g] = block[at] if mx else struct.unpack_from("<e", block, 2 * at)[0]
+            zeros[row, g] = block[32 * groups + at] if has_zeros else (0 if mx else 2 ** (width - 1))
+        for column in range(columns):
+            g, c = divmod(column, group)
+            bytes_of_group = block[head + 2 * g * group * width :][: 2 * group * width]
+            codes[row, column] = _code(bytes_of_group, width, group, c, 4 * r + c % 4)
+    return codes, scales, zeros
+
+
+def _code(data: bytes, width: int, group: int, column: int, position: int) -> int:
+    quad = column // 4
+    if width == 8:
+        return data[64 * quad + position]
+    if width == 4:
+        return data[64 * (quad // 2) + position] >> 4 * (quad % 2) & 15
+    low = data[64 * (quad // 4) + position] >> 2 * (quad % 4) & 3
+    if width == 2:
+        return low
+    high = data[64 * (group // 4 // 4) + 64 * (quad // 8) + position] >> quad % 8 & 1
+    return low | high << 2
