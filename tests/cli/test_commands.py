@@ -1,5 +1,6 @@
 """``plan``, ``check``, ``bench`` and ``convert`` end to end on tiny random models."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,9 +9,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from evaluation.tiny_text import saved_model, tiny_tokenizer
 from gangline.evaluation import check as check_module
-from gangline.evaluation import speed
-from gangline.evaluation.bound import Bandwidths
+from gangline.evaluation import compare_speed, compare_speed_llamacpp, speed
+from gangline.evaluation.bound import Bandwidths, Weights
 from gangline.evaluation.generation import Generation
+from gangline.evaluation.speed_report import PeerSpeed, Spread
+from gangline.evaluation.speed_run import Sample
+from gangline.evaluation.speed_side import Facts
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +124,50 @@ def test_bench_records_a_trace_and_replays_it(gangline, only_error, folder, tmp_
     other = gangline("bench", "--shape", "tiny-olmoe:2", *short, "--replay", trace)
     assert other.exit_code == 2
     assert "use a trace of this model" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--compare", "ollama"], "choose from llama.cpp, transformers"),
+        (["--compare", "transformers", "--record", "x.npz"], "leave --compare out"),
+        (["--compare", "llama.cpp"], "pip install llama-cpp-python"),
+        (["--batch", "0"], "--batch"),
+    ],
+)
+def test_bench_refuses(gangline, only_error, folder, monkeypatch, arguments, said):
+    monkeypatch.setattr(compare_speed_llamacpp, "find_spec", lambda name: None)
+    result = gangline("bench", folder, *arguments)
+    assert result.exit_code == 2
+    assert said in only_error(result)
+
+
+def test_bench_shows_other_engines(gangline, folder, monkeypatch):
+    def spread(median):
+        return Spread(median, median / 2, median * 2, 3)
+
+    def compared(model, engines, settings, **rest):
+        assert (engines, settings.batch) == (["transformers"], 3)
+        ours = speed.make_report(
+            Facts("a banner", 9, 1, Weights(9, 9, 1.0, ((9, 18),), (), 1), 5),
+            settings,
+            [Sample(1.0, 1.0)],
+            [(Bandwidths(9.0, 9.0, "a way"), Bandwidths(9.0))],
+            model="m",
+            text="text",
+            routing="own",
+            memory=None,
+        )
+        peer = PeerSpeed("transformers", "5", "bf16", spread(4.0), spread(8.0), spread(2.5), spread(1.5))
+        return dataclasses.replace(ours, peers=(peer,), together=False)
+
+    monkeypatch.setattr(compare_speed, "compare_speed", compared)
+    arguments = ["bench", folder, "--compare", "transformers", "--batch", "3"]
+    shown = gangline(*arguments).stdout
+    for part in ("loaded in turns", "transformers 5, bf16", "8.00 tokens/s", "1.50x (0.75 to 3.00)", "2.50x"):
+        assert part in shown
+    found = json.loads(gangline(*arguments, "--json").stdout)
+    assert found["peers"][0]["decode_ratio"] == {"median": 1.5, "low": 0.75, "high": 3.0, "n": 3}
 
 
 @pytest.fixture(scope="module")
