@@ -104,7 +104,7 @@ def test_bad_file_is_wrong_usage(gangline, only_error, file, text, said):
     assert said in only_error(result)
 
 
-@pytest.mark.parametrize("text", ["ctx-size: many", "precision: int3", "seed: [1, 2]", "json: perhaps"])
+@pytest.mark.parametrize("text", ["ctx-size: many", "precision: int5", "seed: [1, 2]", "json: perhaps"])
 def test_bad_value_in_file_is_wrong_usage(gangline, only_error, file, text):
     result = gangline("run", "m", "p", "--config", file(text))
     assert result.exit_code == 2

@@ -14,7 +14,7 @@ import typer
 from gangline.cli.config import read_config
 from gangline.cli.state import set_debug
 
-Precision = Literal["stored", "int8", "int4"]
+Precision = Literal["stored", "int8", "int4", "int3", "int2"]
 Dtype = Literal["bf16", "fp16", "fp32"]
 InputOutput = Literal["auto", "direct", "cached"]
 
@@ -47,7 +47,7 @@ class ModelOptions:
 
     precision: Annotated[
         Precision,
-        option("--precision", help="Experts as stored (exact), or rounded to int8 or int4 (approximate)."),
+        option("--precision", help="Weights as stored (exact), or rounded to so many bits (approximate)."),
     ] = "stored"
     dtype: Annotated[
         Dtype | None, option("--dtype", help="Type of activations and dense weights. (Default: as stored.)")

@@ -20,7 +20,7 @@ class LoadOptions:
 
     Attributes:
         memory: peak resident memory of this process (``"6GiB"``); None takes what the machine has free.
-        precision: ``stored`` (exact), or ``int8``, ``int4``, ``int4g32`` ...: round the experts to that.
+        precision: ``stored`` (exact), or ``int8``, ``int4``, ``int4g32z`` ...: round the weights to that.
         ctx_size: tokens over all sequences for which keys and values are reserved.
         batch_tokens: rows of one forward pass; ``generate`` feeds a prompt in chunks of this many tokens.
         dtype: number format of the dense weights and of the computation; None keeps the checkpoint's.
