@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gangline.traces.header import Extra, TraceError
 from gangline.traces.observer import LayerRouting
-from gangline.traces.rows import UNKNOWN, Array, LayerRows, TokenTable, join_layers
+from gangline.traces.rows import UNKNOWN, Array, LayerRows, TokenTable
 from gangline.traces.shards import Document
 from gangline.traces.writer import TraceWriter
 
@@ -32,7 +32,10 @@ class _Pass:
     shape: tuple[int, int]
     decode: bool
     predicted_BS: Array | None = None
-    layers: list[LayerRouting] = field(default_factory=list)
+    ids: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
 
 
 class Recorder:
@@ -51,6 +54,7 @@ class Recorder:
         self.wants: Collection[Extra] = writer.header.extras
         self._special = np.array(sorted(special_ids), dtype=np.int64)
         self._layers = len(writer.header.layers)
+        self._full = writer.header.mode == "full"
         self._passes: list[_Pass] | None = None
 
     @contextmanager
@@ -73,7 +77,7 @@ class Recorder:
         self._passes = []
         try:
             yield
-            passes = [one for one in self._passes if one.layers]
+            passes = [one for one in self._passes if one.ids]
             if passes:
                 self._commit(passes, sources, labels or {})
         finally:
@@ -95,17 +99,19 @@ class Recorder:
             return
         current = self._passes[-1]
         rows = current.shape[0] * current.shape[1]
-        if layer != len(current.layers) or len(routing.ids_TK) != rows:
+        if layer != len(current.ids) or len(routing.ids_TK) != rows:
             raise TraceError(
-                f"layer {layer} routed {len(routing.ids_TK)} rows where layer {len(current.layers)} and "
+                f"layer {layer} routed {len(routing.ids_TK)} rows where layer {len(current.ids)} and "
                 f"{rows} rows were expected; record one part of this model (stack=...) or report its class"
             )
-        header = self.writer.header
-        kept = routing.ids_TK.detach().to("cpu", torch.int16, copy=True)
-        weights = routing.weights_TK if header.mode == "full" else None
-        extras = (weights, routing.logits_TE, routing.inputs_TD)
-        half = [None if t is None else t.detach().to("cpu", torch.float16, copy=True) for t in extras]
-        current.layers.append(LayerRouting(kept, kept if half[0] is None else half[0], half[1], half[2]))
+        # Ids have no gradient, and the narrow type makes this a copy.
+        current.ids.append(routing.ids_TK.to("cpu", torch.int16, copy=True))
+        if self._full:
+            current.weights.append(_half(routing.weights_TK))
+        if routing.logits_TE is not None:
+            current.logits.append(_half(routing.logits_TE))
+        if routing.inputs_TD is not None:
+            current.inputs.append(_half(routing.inputs_TD))
 
     def on_predicted(self, ids_BS: Tensor) -> None:
         """Keep the likeliest next tokens of the pass."""
@@ -115,7 +121,7 @@ class Recorder:
     def _commit(
         self, passes: list[_Pass], sources: Sequence[str], labels: Mapping[str, Sequence[str]]
     ) -> None:
-        if any(one.shape[0] != len(sources) or len(one.layers) != self._layers for one in passes):
+        if any(one.shape[0] != len(sources) or len(one.ids) != self._layers for one in passes):
             raise TraceError(
                 f"a pass had other sequences than the {len(sources)} announced, or did not go through all "
                 f"{self._layers} layers; record each batch in a block of its own"
@@ -132,7 +138,9 @@ class Recorder:
             )
             for row, source in enumerate(sources)
         ]
-        self.writer.add(documents, tokens, [self._layer(passes, number) for number in range(self._layers)])
+        keep_R = _real_rows(passes)
+        layers = [self._layer(passes, number, keep_R) for number in range(self._layers)]
+        self.writer.add(documents, tokens, layers)
 
     def _tokens(
         self, passes: list[_Pass], first: int, rows: int, labels: Mapping[str, Sequence[str]]
@@ -173,26 +181,40 @@ class Recorder:
             labels={kind: values[row_R] for kind, values in numbers.items()},
         )
 
-    def _layer(self, passes: list[_Pass], number: int) -> LayerRows:
+    def _layer(self, passes: list[_Pass], number: int, keep_R: Array | None) -> LayerRows:
         experts = self.writer.header.layers[number].experts
-        full = self.writer.header.mode == "full"
-        return join_layers([_rows(one, number, experts, full) for one in passes])
+
+        def rows(parts: list[list[Tensor]]) -> Array | None:
+            if not parts[0]:
+                return None
+            joined = torch.cat([part[number] for part in parts]).numpy()
+            return joined if keep_R is None else joined[keep_R]
+
+        ids_RK = rows([one.ids for one in passes])
+        assert ids_RK is not None
+        ids_RK = ids_RK.view(np.uint16)  # a negative id is out of range as well
+        weights_RK = rows([one.weights for one in passes])
+        there_RK = ids_RK < experts
+        some_empty = not there_RK.all()
+        if some_empty:
+            ids_RK = np.where(there_RK, ids_RK, 0)
+            weights_RK = None if weights_RK is None else np.where(there_RK, weights_RK, 0)
+        logits_RN, inputs_RD = (
+            rows(parts) for parts in ([o.logits for o in passes], [o.inputs for o in passes])
+        )
+        return LayerRows(ids_RK, there_RK if some_empty else None, weights_RK, logits_RN, inputs_RD)
 
 
-def _rows(one: _Pass, number: int, experts: int, full: bool) -> LayerRows:
-    routing = one.layers[number]
-    pick = slice(None) if one.keep_BS is None else one.keep_BS.ravel()
-    ids_TK = routing.ids_TK.numpy()[pick].view(np.uint16)
-    keep_TK = ids_TK < experts
-    empty = not keep_TK.all()
-    weights_TK = routing.weights_TK.numpy()[pick] if full else None
-    return LayerRows(
-        ids_RK=np.where(keep_TK, ids_TK, 0) if empty else ids_TK,
-        keep_RK=keep_TK if empty else None,
-        weights_RK=np.where(keep_TK, weights_TK, 0) if empty and weights_TK is not None else weights_TK,
-        logits_RN=None if routing.logits_TE is None else routing.logits_TE.numpy()[pick],
-        inputs_RD=None if routing.inputs_TD is None else routing.inputs_TD.numpy()[pick],
-    )
+def _half(values: Tensor) -> Tensor:
+    return values.detach().to("cpu", torch.float16, copy=True)
+
+
+def _real_rows(passes: list[_Pass]) -> Array | None:
+    """Which rows of all passes are no padding; None if all are."""
+    if all(one.keep_BS is None for one in passes):
+        return None
+    masks = (np.ones(one.shape, dtype=bool) if one.keep_BS is None else one.keep_BS for one in passes)
+    return np.concatenate([mask.ravel() for mask in masks])
 
 
 def _following(input_R: Array, row_R: Array, rows: int) -> Array:
