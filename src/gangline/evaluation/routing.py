@@ -58,6 +58,12 @@ def record_routing(model: Any, names: list[str], batch: int) -> Iterator[dict[st
     weights (families without the experts interface) is left out.
     """
     calls: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in names}
+    runtime = getattr(model, "gangline", None)
+    if runtime is not None:  # hooks would keep our native decode step away from the run
+        with runtime.observed(lambda layer, *event: calls[names[layer]].append(_kept(*event))):
+            yield (joined := {})
+        joined |= _all_joined(calls, batch)
+        return
     handles = [
         model.get_submodule(name).register_forward_pre_hook(_noting(seen), with_kwargs=True)
         for name, seen in calls.items()
@@ -68,19 +74,32 @@ def record_routing(model: Any, names: list[str], batch: int) -> Iterator[dict[st
     finally:
         for handle in handles:
             handle.remove()
-        for name, seen in calls.items():
-            if seen and all(len(ids) % batch == 0 for _, ids, _ in seen):
-                found[name] = _joined(seen, batch)
+        found |= _all_joined(calls, batch)
 
 
 def _noting(seen: list[tuple[Tensor, Tensor, Tensor]]) -> Callable[..., None]:
     def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if len(tensors) >= 3 and not tensors[1].is_floating_point() and tensors[1].dim() == 2:
-            x, ids, weights = (value.detach().cpu() for value in tensors[:3])
-            seen.append((x.float(), ids, weights.float()))
+            seen.append(_kept(*tensors[:3]))
 
     return note
+
+
+def _kept(x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return copies on the CPU: a caller may use its tensors again."""
+    x, ids, weights = (value.detach().to("cpu", copy=True) for value in (x, ids, weights))
+    return x.float(), ids, weights.float()
+
+
+def _all_joined(
+    calls: Mapping[str, list[tuple[Tensor, Tensor, Tensor]]], batch: int
+) -> dict[str, LayerRouting]:
+    return {
+        name: _joined(seen, batch)
+        for name, seen in calls.items()
+        if seen and all(len(ids) % batch == 0 for _, ids, _ in seen)
+    }
 
 
 def _joined(seen: list[tuple[Tensor, Tensor, Tensor]], batch: int) -> LayerRouting:

@@ -3,7 +3,6 @@
 Shape suffixes: T tokens, K chosen experts per token, P pairs, D hidden.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -23,6 +22,9 @@ from gangline.runtime.store import EventLease, ExpertStore
 _DENSE_PAIRS_PER_EXPERT = 2
 # Experts of one call for a prompt: enough work for all threads, few enough outputs to hold.
 _RUN_EXPERTS = 8
+
+
+Observer = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 class ExpertKernel(Protocol):
@@ -50,6 +52,7 @@ class Engine:
 
     Attributes:
         phase: set by the model's forward hook before the layers run.
+        observer: called with layer, inputs, ids and weights of every event; its tensors are reused after it.
     """
 
     def __init__(self, store: ExpertStore, kernels: Sequence[ExpertKernel], geometry: MoEGeometry) -> None:
@@ -59,6 +62,7 @@ class Engine:
         self._last_layer = len(kernels)
         self._step = 0
         self.phase: Phase = "prefill"
+        self.observer: Observer | None = None
 
     def layer_forward(self, layer: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """Return the function that a model's experts module of ``layer`` computes through."""
@@ -80,6 +84,8 @@ class Engine:
                 "or call gangline.detach(model) first"
             )
         self._count_step(layer)
+        if self.observer is not None:
+            self.observer(layer, x_TD, ids_TK, weights_TK)
         grouping = group_by_expert(ids_TK, weights_TK, self._layers[layer].experts)
         event = RoutingEvent(self._step, layer, self.phase, x_TD.shape[0], grouping.experts, grouping.counts)
         out_TD = torch.zeros(x_TD.shape, dtype=torch.float32)
@@ -90,14 +96,15 @@ class Engine:
         return out_TD.to(x_TD.dtype)
 
     def routed(self, layer: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
-        """Note a choice of experts that were all in memory and have been computed by the native decode step."""
+        """Count the experts of an event that the native decode step computed, all of them being in memory."""
         self._count_step(layer)
-        chosen = sorted(ids_TK.flatten().tolist())
-        counts = Counter(chosen)
-        event = RoutingEvent(
-            self._step, layer, self.phase, len(ids_TK), tuple(counts), tuple(counts.values())
-        )
-        self._store.count_resident(event)
+        uses = ids_TK.numel()
+        self._store.count_resident(uses if len(ids_TK) == 1 else len(ids_TK.unique()), uses)
+
+    @property
+    def observed(self) -> bool:
+        """Whether somebody wants to see each event's inputs, so that no layer may be computed out of sight."""
+        return self.observer is not None
 
     def _count_step(self, layer: int) -> None:
         if layer <= self._last_layer:

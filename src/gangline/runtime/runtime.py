@@ -1,6 +1,7 @@
 """What hangs on a model as ``model.gangline``: its plan, its store, its counters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +16,7 @@ from gangline.core.sizes import format_size
 from gangline.core.tiers import Priority
 from gangline.models import MoEView
 from gangline.runtime.embedding import leave_in_file
-from gangline.runtime.engine import Engine
+from gangline.runtime.engine import Engine, Observer
 from gangline.runtime.planner import MemoryPlan
 from gangline.runtime.store import ExpertStore
 
@@ -130,6 +131,18 @@ class Runtime:
             parts.append(f"hit rate {stats.hit_rate:.2f}")
             parts.append(f"{format_size(stats.bytes_read / rows)} read per token")
         return " | ".join(parts)
+
+    @contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        """Call ``observer(layer, x_TD, ids_TK, weights_TK)`` for every routing event while the block runs.
+
+        The numbers stay those of a run without an observer. The tensors are reused: copy what you keep.
+        """
+        before, self._engine.observer = self._engine.observer, observer
+        try:
+            yield
+        finally:
+            self._engine.observer = before
 
     def close(self) -> None:
         """Free the experts. A model from ``load`` cannot compute afterwards; an attached one is as it was."""

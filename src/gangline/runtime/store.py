@@ -78,10 +78,10 @@ class ExpertStore:
         """Return what the kernel computes an expert with; it must be there and stay (nothing is leased)."""
         return self._table[key].weights
 
-    def count_resident(self, event: RoutingEvent) -> None:
-        """Count an event that was served without a lease, every expert being in memory for good."""
-        self.stats.hits += len(event.experts)
-        self.stats.hit_tokens += sum(event.counts)
+    def count_resident(self, experts: int, uses: int) -> None:
+        """Count experts, and tokens that used them, served without a lease: they are in memory for good."""
+        self.stats.hits += experts
+        self.stats.hit_tokens += uses
 
     def lease(self, event: RoutingEvent, *, in_order: bool = False) -> "EventLease":
         """Decide the hits of an event and start reading its misses; see :class:`EventLease`."""
