@@ -36,6 +36,8 @@ class ModuleExperts:
         self.events.append((layer, ids_TK))
         return self._layers[layer](x_TD, ids_TK, weights_TK)
 
+    observed = False
+
     def routed(self, layer: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
         self.events.append((layer, ids_TK))
 

@@ -19,10 +19,19 @@ GROWTH = 256
 class _Rows:
     """A buffer ``[B, H, C, d]`` of which the first ``length`` positions are in use."""
 
-    __slots__ = ("buffer", "length")
+    __slots__ = ("address", "buffer", "capacity", "length")
 
     def __init__(self, buffer: Tensor, length: int) -> None:
-        self.buffer, self.length = buffer, length
+        self.length = length
+        self._take(buffer)
+
+    def __reduce__(self) -> tuple[type["_Rows"], tuple[Tensor, int]]:
+        return _Rows, (self.buffer, self.length)  # a copy lies elsewhere
+
+    def _take(self, buffer: Tensor) -> None:
+        self.buffer, self.address = buffer, buffer.data_ptr()
+        # What is not contiguous has no room: the first token to come moves it.
+        self.capacity = buffer.shape[2] if buffer.is_contiguous() else self.length
 
     @property
     def view(self) -> Tensor:
@@ -31,7 +40,7 @@ class _Rows:
     def room_for(self, tokens: int, limit: int | None) -> None:
         """Make room for more positions; ``limit`` is what the memory plan allows for one sequence."""
         needed = self.length + tokens
-        if needed <= self.buffer.shape[2] and self.buffer.is_contiguous():
+        if needed <= self.capacity:
             return
         capacity = -(-needed // GROWTH) * GROWTH
         if limit is not None:
@@ -39,7 +48,7 @@ class _Rows:
         batch, heads, _, width = self.buffer.shape
         grown = self.buffer.new_empty(batch, heads, capacity, width)
         grown[:, :, : self.length] = self.view
-        self.buffer = grown
+        self._take(grown)
 
     def append(self, new: Tensor) -> None:
         end = self.length + new.shape[2]
@@ -124,14 +133,17 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             rows.room_for(tokens, limit)
 
     def native_rows(self) -> tuple[int, int, int]:
-        """Return the addresses of keys and values, and the capacity (see ``kernels.cpu.decoder.CacheLayer``)."""
-        keys, values = self._both()
-        return keys.buffer.data_ptr(), values.buffer.data_ptr(), keys.buffer.shape[2]
+        """Make room for one token; return the addresses of keys and values, and the capacity."""
+        keys, values = self._rows["keys"], self._rows["values"]
+        assert keys is not None and values is not None
+        if keys.length == keys.capacity or values.length == values.capacity or keys.capacity != values.capacity:
+            self.make_room(1)
+        return keys.address, values.address, keys.capacity
 
-    def appended(self, tokens: int) -> None:
-        """Count positions that were written behind the part in use."""
+    def appended(self) -> None:
+        """Count a token that was written behind the part in use."""
         for rows in self._both():
-            rows.length += tokens
+            rows.length += 1
 
     @property
     def batch(self) -> int:

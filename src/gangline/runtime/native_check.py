@@ -169,10 +169,10 @@ def _compare(decoder: NativeDecoder, seen: _Seen) -> None:
         if plan.moe_layer is not None:
             x_BD, ids_BK, weights_BK = seen.routed[plan.moe_layer]
             _close(buffers.x_BD, x_BD.float(), tolerance, f"the experts' input of layer {index}")
-            alike += _alike(buffers.routed(plan.moe_layer), (ids_BK, weights_BK), tolerance)
+            alike += _alike(buffers.routing.of(plan.moe_layer), (ids_BK, weights_BK), tolerance)
             decoder.native.back(index, nothing_BD.data_ptr())
         layer, stored = seen.layers[index], seen.stored[index]
-        layer.appended(1)
+        layer.appended()
         for name, ours_BHSd, theirs in (("keys", layer.keys, stored[0]), ("values", layer.values, stored[1])):
             assert ours_BHSd is not None
             _close(ours_BHSd[:, :, -1].float(), theirs.float(), tolerance, f"{name} of layer {index}")

@@ -36,6 +36,11 @@ class MoE(Protocol):
         """Return the experts' weighted sum ``[T, D]``; all tensors but the ids are fp32, ``x_TD`` is reused."""
         ...
 
+    @property
+    def observed(self) -> bool:
+        """Whether every layer must go through ``forward``, though all experts are in memory."""
+        ...
+
     def routed(self, layer: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
         """Be told of a choice whose experts the native core has computed itself."""
         ...
@@ -152,7 +157,7 @@ class NativeDecode:
 
     def _plain(self, kwargs: dict[str, Any]) -> bool:
         """Whether nothing is asked for but the logits of the new token."""
-        model, config = self._model, self._model.config
+        model, settings = self._model, vars(self._model.config)  # its own attribute access is slow
         if model.training or torch.is_autocast_enabled("cpu"):
             return False
         asked = {
@@ -160,14 +165,16 @@ class NativeDecode:
             for name, value in kwargs.items()
             if name not in ("input_ids", "attention_mask", "position_ids", "past_key_values") and value is not None
         }
-        if asked.pop("use_cache", config.use_cache) is False or asked.pop("return_dict", True) is False:
+        if asked.pop("use_cache", settings.get("use_cache")) is False or asked.pop("return_dict", True) is False:
             return False
         keep = asked.pop("logits_to_keep", 0)
         if not isinstance(keep, int) or keep not in (0, 1):
             return False
-        names = ("output_attentions", "output_hidden_states", "output_router_logits")
-        outputs = [asked.pop(name, getattr(config, name, False)) for name in names]
-        return not any(outputs) and not asked and getattr(config, "return_dict", True)
+        outputs = [
+            asked.pop(name, settings.get(name) or settings.get(f"_{name}"))
+            for name in ("output_attentions", "output_hidden_states", "output_router_logits")
+        ]
+        return not any(outputs) and not asked and settings.get("return_dict", True) is not False
 
     def _run(
         self,
@@ -180,17 +187,17 @@ class NativeDecode:
     ) -> MoeCausalLMOutputWithPast:
         decoder = self.decoder
         with self._lock:
-            for layer in layers:
-                layer.make_room(1)
             embedded_BD = embed(self._model, decoder, ids_B1)
             buffers = decoder.begin(embedded_BD, positions_B, first_B, length, layers)
-            if decoder.resident:
-                logits_BV = decoder.step_all(buffers, self._moe.routed)
+            if decoder.resident and not self._moe.observed:
+                logits_BV = decoder.step_all(buffers)
+                for layer, (ids_BK, weights_BK) in enumerate(buffers.routing):
+                    self._moe.routed(layer, ids_BK, weights_BK)
             else:
                 logits_BV = decoder.step(buffers, self._moe.forward)
             self.steps += 1
-        for layer in layers:
-            layer.appended(1)
+        for rows in layers:
+            rows.appended()
         return MoeCausalLMOutputWithPast(logits=logits_BV.unsqueeze(1), past_key_values=cache)
 
 

@@ -4,7 +4,7 @@ Shape suffixes: B sequences, D hidden, K chosen experts per token, V vocabulary.
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -120,12 +120,6 @@ class LayerPlan:
     rule: Any = None
 
 
-class Routed(Protocol):
-    """Told of every routing decision of a step that computed the experts by itself."""
-
-    def __call__(self, moe_layer: int, ids_BK: Tensor, weights_BK: Tensor) -> None: ...
-
-
 class NativeDecoder:
     """One token for each of B sequences, all layers.
 
@@ -215,8 +209,8 @@ class NativeDecoder:
             length,
             addresses,
             buffers.x_BD.data_ptr(),
-            buffers.ids.data_ptr(),
-            buffers.weights.data_ptr(),
+            buffers.routing.ids.data_ptr(),
+            buffers.routing.weights.data_ptr(),
             buffers.logits_BV.data_ptr(),
         )
         return buffers
@@ -226,18 +220,15 @@ class NativeDecoder:
         for index, plan in enumerate(self.plans):
             self.native.front(index)
             if plan.moe_layer is not None:
-                ids_BK, weights_BK = buffers.routed(plan.moe_layer)
+                ids_BK, weights_BK = buffers.routing.of(plan.moe_layer)
                 y_BD = moe(plan.moe_layer, buffers.x_BD, ids_BK, weights_BK).float().contiguous()
                 self.native.back(index, y_BD.data_ptr())
         self.native.head()
         return buffers.logits_BV
 
-    def step_all(self, buffers: "StepBuffers", routed: Routed | None = None) -> Tensor:
-        """Return the logits ``[B, V]`` of one native call; ``routed`` is told of every layer's choice after it."""
+    def step_all(self, buffers: "StepBuffers") -> Tensor:
+        """Return the logits ``[B, V]`` of one native call; afterwards ``buffers.routing`` tells what was chosen."""
         self.native.step_all()
-        if routed is not None:
-            for layer in range(len(self._k)):
-                routed(layer, *buffers.routed(layer))
         return buffers.logits_BV
 
     def hidden_rows(self, rows: int) -> Tensor:
@@ -248,27 +239,46 @@ class NativeDecoder:
         return torch.frombuffer(raw, dtype=torch.float32).as_strided((rows, self.hidden), (stride, 1))
 
 
-class StepBuffers:
-    """What one step reads and writes on the Python side; ``x_BD`` changes with every layer.
+class Routing:
+    """What the routers of one step chose; new tensors in every step.
 
     Attributes:
-        x_BD: input of the experts of the layer under way, fp32.
-        ids: chosen experts of all MoE layers, one after another. weights: their weights, fp32.
+        ids: of all MoE layers, one ``[B, K]`` after another, int64. weights: the same in fp32.
+        rows: B.
+    """
+
+    def __init__(self, rows: int, k: Sequence[int]) -> None:
+        self.ids = torch.empty(rows * sum(k), dtype=torch.int64)
+        self.weights = torch.empty(rows * sum(k))
+        self.rows, self._k = rows, k
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Ids ``[B, K]`` and weights ``[B, K]`` of every MoE layer."""
+        if len(set(self._k)) == 1:
+            shape = (len(self._k), self.rows, self._k[0])
+            return zip(self.ids.view(shape).unbind(), self.weights.view(shape).unbind(), strict=True)
+        return (self.of(layer) for layer in range(len(self._k)))
+
+    def of(self, moe_layer: int) -> tuple[Tensor, Tensor]:
+        """Return ids ``[B, K]`` and weights ``[B, K]`` of one MoE layer."""
+        begin, k = self.rows * sum(self._k[:moe_layer]), self._k[moe_layer]
+        end = begin + self.rows * k
+        return self.ids[begin:end].view(self.rows, k), self.weights[begin:end].view(self.rows, k)
+
+
+class StepBuffers:
+    """What one step reads and writes on the Python side.
+
+    Attributes:
+        x_BD: input of the experts of the layer under way, fp32; changes with every layer.
+        routing: what the routers chose.
         logits_BV: in the model's number format.
     """
 
     def __init__(self, rows: int, hidden: int, k: Sequence[int], classes: int, dtype: torch.dtype) -> None:
         self.x_BD = torch.empty(rows, hidden)
-        self.ids = torch.empty(rows * sum(k), dtype=torch.int64)
-        self.weights = torch.empty(rows * sum(k))
+        self.routing = Routing(rows, k)
         self.logits_BV = torch.empty(rows, classes, dtype=dtype)
-        self._rows, self._k = rows, k
-
-    def routed(self, moe_layer: int) -> tuple[Tensor, Tensor]:
-        """Return ids ``[B, K]`` and weights ``[B, K]`` of one MoE layer."""
-        begin, k = self._rows * sum(self._k[:moe_layer]), self._k[moe_layer]
-        end = begin + self._rows * k
-        return self.ids[begin:end].view(self._rows, k), self.weights[begin:end].view(self._rows, k)
 
 
 def parts() -> Parts:
