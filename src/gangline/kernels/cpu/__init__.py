@@ -6,6 +6,7 @@ does the work. Ask :func:`native` before use; nothing here raises because the ex
 
 import functools
 import logging
+import os
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -18,8 +19,12 @@ _EXTENSION = f"{__name__}._native"
 
 @functools.cache
 def native() -> ModuleType | None:
-    """Return the native extension, or None where it was not built or cannot be loaded (logged once)."""
-    if find_spec(_EXTENSION) is None:
+    """Return the native extension, or None where it was not built or cannot be loaded (logged once).
+
+    None as well if the environment variable ``GANGLINE_CPU`` says ``torch``; its other values (``scalar``,
+    ``avx2``, ``avx512``, ``avx512_vnni``, ``neon``) choose the native core's instruction set.
+    """
+    if os.environ.get("GANGLINE_CPU") == "torch" or find_spec(_EXTENSION) is None:
         return None
     try:
         return import_module(_EXTENSION)
