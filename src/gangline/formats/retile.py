@@ -4,24 +4,29 @@ What decodes to the same fp32 weights, bit for bit, has a tile form: ``int{b}g{n
 blocks ``Q4_0``, ``Q8_0`` and ``MXFP4``. The others have not: their scales are of another kind (``Q4_1`` adds
 an fp16 minimum, the K types scale their scales).
 
-Shapes: O rows, I columns, G groups of a row, N blocks of the whole matrix, B bytes of a block.
+Shapes: O rows, I columns, G groups of a row, N blocks of the whole matrix, B bytes of a block, Q quads (four
+neighbouring columns), W 32-bit words, R row blocks of S = 16 rows.
 """
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gangline.core.errors import FormatError
-from gangline.formats.bitstream import planes, unpack
+from gangline.formats.bitstream import unpack
 from gangline.formats.codec import CHUNK, Shape, check_raw
 from gangline.formats.ggml_blocks import bytes_of
 from gangline.formats.grouped import GroupedCodec
 from gangline.formats.mx import BLOCK, MXFP4Codec
 from gangline.formats.registry import get_codec
-from gangline.formats.tile_layout import ROWS
+from gangline.formats.tile_layout import ROWS, row_blocks
 from gangline.formats.tiled import TiledCodec
 
 _GGML = {"ggml:Q4_0": "tile16:int4g32", "ggml:Q8_0": "tile16:int8g32", "ggml:MXFP4": "tile16:mxfp4"}
-_NEGATIVE_ZERO = 8
+# Masks of int32: the low nibble of every byte; of every nibble its third bit, and all but its last.
+_NIBBLES = 0x0F0F0F0F
+_LAST_MAGNITUDE_BITS = 0x44444444
+_MAGNITUDES = 0x77777777
 
 
 def tile_form(codec: str) -> str | None:
@@ -46,40 +51,72 @@ def retile(raw: Tensor, shape: Shape, codec: str) -> tuple[str, Tensor] | None:
     source, target = get_codec(codec), get_codec(name)
     assert isinstance(target, TiledCodec)
     raw = check_raw(codec, raw, shape, source.nbytes(shape))
-    out = torch.empty(target.nbytes(shape), dtype=torch.uint8, device=raw.device)
-    step = max(1, CHUNK // (ROWS * shape[1])) * ROWS
+    out = torch.zeros(target.nbytes(shape), dtype=torch.uint8, device=raw.device)
     block_bytes = target.layout.block_bytes(shape[1])
+    step = max(1, 4 * CHUNK // (ROWS * shape[1])) * ROWS
     for start in range(0, shape[0], step):
         stop = min(start + step, shape[0])
         part = source.slice_rows(raw, shape, start, stop)
-        tiles = target.assemble(*_codes_and_scales(part, (stop - start, shape[1]), codec))
-        first = start // ROWS * block_bytes
-        out[first : first + tiles.numel()] = tiles
+        tiles = out[start // ROWS * block_bytes : row_blocks(stop) * block_bytes]
+        _retile_rows(part, (stop - start, shape[1]), codec, tiles, target)
     return name, out
 
 
-def _codes_and_scales(raw: Tensor, shape: Shape, codec: str) -> tuple[Tensor, Tensor]:
-    """Unsigned codes ``(O, I)`` and scales ``(O, G)`` as tiles have them."""
+def _retile_rows(raw: Tensor, shape: Shape, codec: str, out: Tensor, target: TiledCodec) -> None:
     source = get_codec(codec)
     if isinstance(source, GroupedCodec):
         packed_OB, scales_OG = source.parts(raw, shape)
-        return unpack(packed_OB, shape[1], source.width), scales_OG
-    if isinstance(source, MXFP4Codec):
-        codes_NB, exponents_N = source.parts(raw, shape)
-        return unpack(codes_NB.reshape(shape[0], -1), shape[1], 4), exponents_N.view(shape[0], -1)
-    blocks_NB = raw.view(shape[0] * shape[1] // BLOCK, -1)
+        target.assemble(unpack(packed_OB, shape[1], source.width), scales_OG, out=out)
+    elif isinstance(source, MXFP4Codec):
+        pairs_NB, exponents_N = source.parts(raw, shape)
+        words_NW = _words_of_neighbours(bytes_of(pairs_NB, 0, 16).view(torch.int32))
+        _store_words(words_NW, exponents_N, shape, out, target)
+    elif codec == "ggml:Q8_0":
+        blocks_NB = raw.view(shape[0] * shape[1] // BLOCK, -1)
+        # Signed bytes become unsigned ones with 128 for zero.
+        codes_OI = (blocks_NB[:, 2:] ^ 0x80).view(shape)
+        scales_OG = bytes_of(blocks_NB, 0, 2).view(torch.float16).view(shape[0], -1)
+        target.assemble(codes_OI, scales_OG, out=out)
+    else:
+        _retile_halves(raw.view(shape[0] * shape[1] // BLOCK, -1), shape, codec, out, target)
+
+
+def _retile_halves(blocks_NB: Tensor, shape: Shape, codec: str, out: Tensor, target: TiledCodec) -> None:
+    """``Q4_0`` and ``MXFP4`` of ggml, whose low nibbles are the first half of a block."""
+    head = blocks_NB.shape[1] - 16
+    words_NW = bytes_of(blocks_NB, head, head + 16).view(torch.int32)
+    scales_N = bytes_of(blocks_NB, 0, head).view(target.layout.scale).view(-1)
     if codec == "ggml:MXFP4":
-        exponents_N = blocks_NB[:, 0]
-        if bool((exponents_N == 255).any()):
+        if bool((scales_N == 255).any()):
             raise FormatError(
                 "ggml:MXFP4: a block has the exponent 255, which is nan in tiles; keep this matrix as stored"
             )
-        codes_NL = planes(bytes_of(blocks_NB, 1, 17), 16, 4)
-        # ggml has no negative zero.
-        codes_NL = codes_NL.masked_fill_(codes_NL == _NEGATIVE_ZERO, 0)
-        return codes_NL.view(shape), exponents_N.reshape(shape[0], -1)
-    scales_N = bytes_of(blocks_NB, 0, 2).view(torch.float16)
-    body_NB = bytes_of(blocks_NB, 2, blocks_NB.shape[1])
-    # Signed bytes become unsigned ones with 128 for zero.
-    codes_NL = body_NB ^ 0x80 if codec == "ggml:Q8_0" else planes(body_NB, 16, 4)
-    return codes_NL.view(shape), scales_N.view(shape[0], -1)
+        words_NW = _without_negative_zero(words_NW)
+    quads_NQ = torch.cat([words_NW & _NIBBLES, (words_NW >> 4) & _NIBBLES], dim=1)
+    _store_words(quads_NQ[:, ::2] | (quads_NQ[:, 1::2] << 4), scales_N, shape, out, target)
+
+
+def _words_of_neighbours(x: Tensor) -> Tensor:
+    """Words of two quads each, from eight neighbouring nibbles each, the first lowest."""
+    quads = []
+    for quad in (x & 0xFFFF, (x >> 16) & 0xFFFF):
+        quad = (quad | (quad << 8)) & 0x00FF00FF
+        quads.append((quad | (quad << 4)) & _NIBBLES)
+    return quads[0] | (quads[1] << 4)
+
+
+def _without_negative_zero(nibbles: Tensor) -> Tensor:
+    """E2M1 codes whose zeros have lost their sign, which ggml does not know."""
+    magnitude = (nibbles | (nibbles << 1) | (nibbles << 2)) & _LAST_MAGNITUDE_BITS
+    return nibbles & (_MAGNITUDES | (magnitude << 1))
+
+
+def _store_words(words_NW: Tensor, scales_N: Tensor, shape: Shape, out: Tensor, target: TiledCodec) -> None:
+    """Write blocks of 32 weights: 4-bit codes as the words of a row, and scales."""
+    parts = target.parts(out, shape)
+    by_row = (row_blocks(shape[0]), ROWS, -1)
+    fill = -shape[0] % ROWS
+    words_OW, scales_OG = words_NW.view(shape[0], -1), scales_N.view(shape[0], -1)
+    words_RSW = pad(words_OW, (0, 0, 0, fill)).view(by_row)
+    parts.words_RW.view(by_row[0], -1, ROWS).copy_(words_RSW.transpose(1, 2))
+    parts.scales_RGS.copy_(pad(scales_OG, (0, 0, 0, fill)).view(by_row).transpose(1, 2))

@@ -101,16 +101,21 @@ class TiledCodec(ABC):
         scales_OG = cut(whole.scales_RGS.transpose(1, 2))
         return self.assemble(cut(whole.codes_RSC)[:, : shape[1]], scales_OG, zeros_OG)
 
-    def assemble(self, codes_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor | None = None) -> Tensor:
+    def assemble(
+        self, codes_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """Bytes of a matrix that is quantized already.
 
         Args:
             codes_OI: uint8, none past the width.
             scales_OG: fp16, or uint8 exponents.
             zeros_OG: uint8 zero points, of codecs that have them.
+            out: zeroed bytes to write into instead of new ones.
         """
         shape = (codes_OI.shape[0], codes_OI.shape[1])
-        raw = torch.zeros(self.nbytes(shape), dtype=torch.uint8, device=codes_OI.device)
+        raw = out
+        if raw is None:
+            raw = torch.zeros(self.nbytes(shape), dtype=torch.uint8, device=codes_OI.device)
         parts = self.parts(raw, shape)
         for blocks, rows in self._chunks(shape):
             codes_OC = self._fill_columns(codes_OI[rows], None if zeros_OG is None else zeros_OG[rows])
