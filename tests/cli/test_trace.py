@@ -123,6 +123,16 @@ def test_simulate_in_json_keeps_the_bounds(gangline, answers):
     assert full["of_belady"] == pytest.approx(1.0)
 
 
+def test_every_causal_cache_can_be_named(gangline, answers):
+    from gangline.policies.caches import CACHES
+
+    arguments = ["simulate", answers, "--policies", ",".join(CACHES), "--capacity", "rho=1.5"]
+    result = gangline(*arguments, "--calibrate", answers, "--json")
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)["rows"]
+    assert {row["policy"] for row in rows} >= set(CACHES)
+
+
 def test_one_token_at_a_time(gangline, folder, text, tmp_path):
     gangline("trace", folder, "--data", text, "-o", tmp_path / "t", "--mode", "ids", "--limit", "1")
     arguments = ["simulate", tmp_path / "t", "--policies", "lru", "--capacity", "50%", "--json"]
@@ -141,6 +151,7 @@ def test_one_token_at_a_time(gangline, folder, text, tmp_path):
         (["--policies", "best"], "no cache is called 'best'"),
         (["--policies", "lru@moon"], "scope 'moon'"),
         (["--policies", "lfru:privileged"], "KEY=VALUE"),
+        (["--policies", "static-hot"], "give --calibrate TRACE"),
         (["--policies", ","], "at least one policy"),
         (["--link", "fast"], "cannot read the size"),
     ],

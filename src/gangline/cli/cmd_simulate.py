@@ -63,6 +63,9 @@ def simulate(
     ahead: Annotated[
         list[int], option("--oracle", help="Layers ahead that an oracle reads; repeat.", min=1)
     ] = [1, 8],  # noqa: B006 - typer copies it
+    calibrate: Annotated[
+        Path | None, option("--calibrate", metavar="TRACE", help="Trace from which static-hot learns.")
+    ] = None,
     tokens: Annotated[int | None, option("--tokens", help="Replay at most this many tokens.", min=1)] = None,
 ) -> None:
     """Replay a trace through cache policies; prints hit rates, bytes and modelled speed beside the bounds."""
@@ -80,6 +83,7 @@ def simulate(
         bypass=bypass,
         oracles=tuple(ahead),
         tokens=tokens,
+        calibration=None if calibrate is None else open_trace(calibrate),
     )
     if not settings.policies or not settings.capacities:
         raise UsageError(

@@ -1,12 +1,16 @@
 """Simulate several caches at several capacities on one trace, with the bounds beside each."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from gangline.core.errors import UsageError
 from gangline.core.events import Need, Phase, RoutingEvent
+from gangline.core.keys import ExpertKey
 from gangline.core.sizes import format_size, parse_size
 from gangline.policies.caches import CachePolicy, make_cache
 from gangline.policies.predictors.oracle import Oracle
@@ -47,6 +51,7 @@ class SimulationSettings:
         bypass: whether misses may pass through without a slot.
         oracles: layers ahead of the oracle rows.
         tokens: replay at most this many.
+        calibration: another trace, from which ``static-hot`` takes its experts.
     """
 
     policies: Sequence[str]
@@ -59,6 +64,7 @@ class SimulationSettings:
     bypass: bool = False
     oracles: Sequence[int] = (1, 8)
     tokens: int | None = None
+    calibration: Trace | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ def simulate_trace(
     plain = _events(trace, frozenset(), events)
     bounds = Bounds(plain)
     for number, (slots, (name, ahead)) in enumerate(runs):
-        policy = build_cache(name, slots, trace, plain)
+        policy = build_cache(name, slots, trace, plain, settings.calibration)
         mine = _events(trace, frozenset(policy.needs) - {"future"}, events)
         level = LevelSpec("host", slots, policy, link, settings.bypass or name == _BOUND)
         setup = replace(base, levels=(level,))
@@ -168,11 +174,17 @@ def _events(
     return known[needs]
 
 
-def build_cache(text: str, slots: int, trace: Trace, events: Sequence[RoutingEvent]) -> CachePolicy:
+def build_cache(
+    text: str,
+    slots: int,
+    trace: Trace,
+    events: Sequence[RoutingEvent],
+    calibration: Trace | None = None,
+) -> CachePolicy:
     """Build a cache from ``NAME[@global][:KEY=VALUE]...``.
 
     Raises:
-        UsageError: the name or a parameter is not known.
+        UsageError: the name or a parameter is not known, or ``static-hot`` has no other trace to learn from.
     """
     name, *pairs = text.split(":")
     name, _, scope = name.partition("@")
@@ -184,6 +196,10 @@ def build_cache(text: str, slots: int, trace: Trace, events: Sequence[RoutingEve
         if not equals:
             raise UsageError(f"{text}: write parameters as KEY=VALUE, for example lfru:privileged=0.3")
         params[key] = _number(value)
+    if name == "static-hot":
+        if calibration is None:
+            raise UsageError("static-hot needs another trace to learn from; give --calibrate TRACE")
+        params["hot"] = hottest(calibration, slots)
     return make_cache(
         name,
         slots=slots,
@@ -192,6 +208,18 @@ def build_cache(text: str, slots: int, trace: Trace, events: Sequence[RoutingEve
         events=events,
         **params,
     )
+
+
+def hottest(trace: Trace, slots: int) -> list[ExpertKey]:
+    """Return the ``slots`` experts that the most tokens of a trace chose."""
+    counts: Counter[ExpertKey] = Counter()
+    for number in trace.layers:
+        rows = trace.layer(number)
+        chosen = rows.ids_RK if rows.keep_RK is None else rows.ids_RK[rows.keep_RK]
+        found, times = np.unique(chosen, return_counts=True)
+        pairs = zip(found.tolist(), times.tolist(), strict=True)
+        counts.update({ExpertKey(number, expert): count for expert, count in pairs})
+    return [key for key, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:slots]]
 
 
 def _number(text: str) -> Any:
