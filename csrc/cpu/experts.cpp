@@ -13,7 +13,15 @@
 namespace gangline {
 namespace {
 
-constexpr int task_rows = 64;
+// Whole strides of what kernels stream at once for one token.
+constexpr int task_rows = streamed_rows;
+
+// Rows of gate and up that one task takes: chunks of h end where a group of the down projection ends.
+int gate_rows_of(int down_group) {
+    const int unit = std::lcm(16, std::max(1, down_group));
+    const int both = std::lcm(unit, task_rows);
+    return both <= 2 * task_rows ? both : std::max(unit, (task_rows + unit - 1) / unit * unit);
+}
 
 int group_of(const Matrix& w) { return needs_int8_activations(w.format) ? activation_group(w) : 0; }
 
@@ -98,9 +106,7 @@ void ExpertsRun::prepare(const ExpertsCall& call, int workers) {
     const Expert& one = *call.experts[0];
     first_group_ = group_of(one.first);
     down_group_ = group_of(one.down);
-    // Chunks of h end where a group of the down projection ends.
-    unit_ = std::lcm(16, std::max(1, down_group_));
-    gate_rows_ = std::max(unit_, task_rows / unit_ * unit_);
+    gate_rows_ = gate_rows_of(down_group_);
     down_rows_ = 2 * task_rows;
     room_ = block_tokens * 2 * (gate_rows_ + 32) + gate_rows_;
     rooms_.want(static_cast<std::size_t>(workers) * static_cast<std::size_t>(room_));
@@ -251,8 +257,7 @@ void experts_forward(const ExpertsCall& call) {
 
 std::size_t experts_scratch_bytes(const ExpertsLayer& layer, const Expert& expert, int tokens, int pairs, int workers) {
     const int slab = std::min(pairs, slab_pairs);
-    const int unit = std::lcm(16, std::max(1, group_of(expert.down)));
-    const int rows = std::max(unit, task_rows / unit * unit);
+    const int rows = gate_rows_of(group_of(expert.down));
     const std::size_t room = static_cast<std::size_t>(block_tokens * 2 * (rows + 32) + rows) * sizeof(float);
     return PairRows::bytes(tokens, slab, layer.hidden, group_of(expert.first), workers) +
            static_cast<std::size_t>(slab) * kept_row_bytes(layer.intermediate, group_of(expert.down)) +

@@ -51,6 +51,8 @@ struct Segment {
 // each block of tokens. Returns the number of tasks.
 int cut_into_tasks(const int* starts, int count, int begin, int end, int chunks, std::vector<Segment>& segments);
 
+// Kernels stream up to six blocks of 16 rows at once: tasks of other sizes leave them a slower rest.
+constexpr int streamed_rows = 96;
 // Tokens of one task: bounds the memory of a worker.
 constexpr int block_tokens = 128;
 // Pairs that are under way at a time: bounds the memory of a call. A longer call goes through its pairs in slabs.
@@ -75,7 +77,7 @@ private:
 
     ExpertsCall call_;
     int first_group_ = 0, down_group_ = 0;  // 0: fp32 activations
-    int unit_ = 0, gate_rows_ = 0, down_rows_ = 0;  // rows of a task
+    int gate_rows_ = 0, down_rows_ = 0;  // rows of a task
     int room_ = 0;                          // floats of one worker
     int slab_begin_ = 0, slab_end_ = 0;
     std::vector<Segment> gate_up_segments_, down_segments_;

@@ -12,13 +12,14 @@ namespace gangline {
 namespace {
 
 constexpr int fewest_rows = 32;
-constexpr int most_rows = 128;
-constexpr int tasks_per_worker = 16;
+constexpr int most_rows = 2 * streamed_rows;
+constexpr int tasks_per_worker = 8;
 
 // Rows of a matrix that one task takes: enough tasks to keep workers level, large enough to stream.
 int rows_of_task(int rows, int workers) {
-    const int even = rows / (workers * tasks_per_worker) / 16 * 16;
-    return std::clamp(even, fewest_rows, most_rows);
+    if (rows < 2 * workers * streamed_rows) return std::max(fewest_rows, std::min(most_rows, rows / (2 * workers) / 16 * 16));
+    const int strides = rows / (workers * tasks_per_worker) / streamed_rows;
+    return std::clamp(strides * streamed_rows, streamed_rows, most_rows);
 }
 
 }  // namespace
