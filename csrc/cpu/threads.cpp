@@ -70,6 +70,12 @@ private:
 #endif
 };
 
+// Zero where the system does not say.
+int all_cores() {
+    const unsigned cores = std::thread::hardware_concurrency();
+    return cores == 0 ? 1 : static_cast<int>(cores);
+}
+
 class Pool {
 public:
     void set_size(int size) { wanted_.store(size < 1 ? 1 : size); }
@@ -148,7 +154,7 @@ private:
     }
 
     std::mutex callers_;
-    std::atomic<int> wanted_{static_cast<int>(std::thread::hardware_concurrency() + (std::thread::hardware_concurrency() == 0))};
+    std::atomic<int> wanted_{all_cores()};
     int size_ = 1;
     bool stop_ = false;  // written by the caller before it publishes a turn
     std::vector<std::thread> workers_;
