@@ -144,10 +144,11 @@ def compare_sides(ours: list[Run], side: str | None, theirs: list[Run], name: st
         row(
             "decode", "tokens/s", lambda run: run.decode_speed, True, [run.decode_rate / disk for run in ours]
         ),
-        row("decode", "bytes read per token", lambda run: run.decode_bytes, False),
         row("whole life", "peak resident bytes", lambda run: run.seen.peak_resident_bytes, False),
         row("load", "seconds", lambda run: run.load_seconds, False),
     ]
+    if all(run.decode_bytes for run in ours):  # no ratio to a side that found everything in memory
+        rows.append(row("decode", "bytes read per token", lambda run: run.decode_bytes, False))
     for length in (ours or theirs)[0].prefill:
         shares = [run.prefill_rate(length) / disk for run in ours]
         rows.append(

@@ -218,6 +218,7 @@ def test_a_side_that_cannot_load_says_why(tmp_path):
         SideProcess({"side": "ours", "model": str(tmp_path), "batch": 1}, 1)
 
 
+@pytest.mark.slow
 def test_side_by_side_for_real(folder, monkeypatch):
     monkeypatch.setattr(
         module, "bandwidths", lambda *_, disk: Bandwidths(1e9, 1e9 if disk else None, "a way")

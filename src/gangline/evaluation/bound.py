@@ -106,7 +106,8 @@ def _dense_bytes(model: Any) -> int:
     # Packed matrices are buffers of bytes.
     held = [*model.parameters(), *(item for item in model.buffers() if item.dtype == torch.uint8)]
     weights = {id(item): item for item in held if item.device.type != "meta"}
-    if getattr(head, "weight", None) is not embedding.weight:
+    # Not head.weight: a packed head would decode all of it.
+    if head is None or head._parameters.get("weight") is not embedding.weight:
         weights.pop(id(embedding.weight), None)
     return sum(item.numel() * item.element_size() for item in weights.values())
 
