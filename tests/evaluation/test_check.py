@@ -2,10 +2,13 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
+import gangline
 from evaluation.tiny_text import saved_model
 from gangline.benchmarks.shapes import make_shape
 from gangline.core.errors import UsageError
@@ -13,7 +16,9 @@ from gangline.evaluation import check as check_module
 from gangline.evaluation import reference as reference_module
 from gangline.evaluation.check import CheckSettings, check_model
 from gangline.evaluation.generation import Generation
+from gangline.evaluation.plain import find_checkpoint
 from gangline.runtime.engine import Engine
+from gangline.runtime.opened import open_model
 
 FULL = CheckSettings(prompt_tokens=8, new_tokens=6, batch_sizes=(1, 2))
 SHORT = CheckSettings(prompt_tokens=6, new_tokens=4, shares=(0.5,), batch_sizes=(2,), cache_seeds=(None,))
@@ -101,6 +106,25 @@ def test_reference_that_does_not_fit_is_said(folder, monkeypatch):
     assert report.reference_passed is None
 
 
+def test_experts_that_do_not_all_fit_are_compared_with_the_most_that_do(folder, monkeypatch):
+    monkeypatch.setattr(check_module, "_baseline_slots", lambda opened, loading: 7)
+    report = check_model(folder, FULL)
+    assert report.passed
+    assert report.baseline.startswith("7 of ")
+    assert {case.budget for case in report.cases} == {"25 %", "smallest"}
+    assert max(case.expert_slots for case in report.cases) <= 7
+
+
+def test_what_fits_follows_from_free_memory(folder, monkeypatch):
+    opened = open_model(find_checkpoint(folder), None)
+    assert check_module._baseline_slots(opened, {}) is None
+    plan = gangline.plan(folder)
+    expert = plan.slot_bytes // plan.experts_total
+    free = int((plan.fixed - plan.process + 5.5 * expert) / 0.9)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    assert check_module._baseline_slots(opened, {}) == 5
+
+
 def test_encoder_decoder_shape(tmp_path):
     folder = make_shape("tiny-switch", tmp_path / "switch", dtype=torch.float32)
     report = check_model(folder, SHORT)
@@ -109,9 +133,9 @@ def test_encoder_decoder_shape(tmp_path):
 
 
 class Spoiler:
-    """Changes the n-th generation of a check."""
+    """Changes the n-th generation of a check: ours speaks first, twice (the second time its routing is heard)."""
 
-    def __init__(self, monkeypatch, change, at=2):
+    def __init__(self, monkeypatch, change, at=3):
         self.calls = 0
         real = check_module.generate_greedy
 
@@ -146,7 +170,7 @@ def test_one_different_case_fails_the_check(folder, monkeypatch, change):
 
 
 def test_another_token_than_the_plain_model_fails_in_fp32(folder, monkeypatch):
-    Spoiler(monkeypatch, other_token, at=2)  # the plain model is the second to speak
+    Spoiler(monkeypatch, other_token)  # here the plain model is the next to speak
     report = check_model(folder, SHORT)
     assert report.identical
     assert report.reference_passed is False
@@ -155,7 +179,7 @@ def test_another_token_than_the_plain_model_fails_in_fp32(folder, monkeypatch):
 
 
 def test_logits_outside_the_tolerance_fail(folder, monkeypatch):
-    Spoiler(monkeypatch, lambda found: Generation(found.tokens_BN, found.logits_BNV * 1.5), at=2)
+    Spoiler(monkeypatch, lambda found: Generation(found.tokens_BN, found.logits_BNV * 1.5))
     report = check_model(folder, SHORT)
     assert report.identical
     assert not report.passed

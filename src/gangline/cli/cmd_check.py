@@ -71,6 +71,7 @@ def _show(out: Output, report: "CheckReport") -> None:
     for line in _ties(report):
         out.show(line)
     tolerance = "" if report.tolerance is None else f", tolerance {report.tolerance:.3g}"
+    out.show(f"compared with: {report.baseline}")
     out.show(f"reference: {report.reference}{tolerance}")
     verdict = "passed" if report.passed else "NOT PASSED"
     out.show(f"{verdict}: {report.model}, {report.dtype}, experts {report.precision}")

@@ -1,10 +1,10 @@
 """``check``: does the answer depend on where the experts lie? Compared bit by bit, and with the plain model.
 
-Two levels. Against our own run with every expert in memory, tokens and logits must agree in every bit,
-whatever the budget, the batch and the order in which the cache evicts. Against the plain transformers
-model, greedy tokens must be the same in fp32; in lower precision logits must agree within a stated
-tolerance, and a token may differ only where the reference itself was within that tolerance of a tie
-(each such place is named).
+Two levels. Against our own run with every expert in memory (or as many as there is room for), tokens and
+logits must agree in every bit, whatever the budget, the batch and the order in which the cache evicts.
+Against the plain transformers model, greedy tokens must be the same in fp32; in lower precision logits must
+agree within a stated tolerance, and a token may differ only where the reference itself was within that
+tolerance of a tie (each such place is named).
 """
 
 import gc
@@ -18,8 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gangline.core.errors import BudgetError, UsageError
-from gangline.core.sizes import format_size
+from gangline.core.errors import UsageError
 from gangline.evaluation.check_report import Case, CheckReport
 from gangline.evaluation.compare import agreement, bit_equal
 from gangline.evaluation.generation import Generation, generate_greedy
@@ -27,6 +26,8 @@ from gangline.evaluation.plain import find_checkpoint, load_tokenizer, place
 from gangline.evaluation.prompts import prompt_ids
 from gangline.evaluation.reference import OFF, judge, recorded_runs, run_reference
 from gangline.runtime.opened import OpenedModel, codec_of, open_model
+from gangline.runtime.options import LoadOptions, plan_request
+from gangline.runtime.planner import make_plan
 
 logger = logging.getLogger(__name__)
 
@@ -82,21 +83,26 @@ def check_model(
             ``io``). With an approximate precision the plain model is compared too but cannot fail the check.
 
     Raises:
-        GanglineError: the model cannot be loaded, or not with all experts in memory.
+        GanglineError: the model cannot be loaded.
     """
     settings = settings or CheckSettings()
     say = progress or logger.info
     precision = str(loading.get("precision", "stored"))
     checkpoint = find_checkpoint(model, revision)
     opened = open_model(checkpoint, loading.get("dtype"))
-    _require_room(opened, precision)
+    loading = {"revision": revision, "name": str(model), **loading}
+    most = _baseline_slots(opened, loading)
     layers = [block.name for block in opened.view.blocks]
-    loading = {"model": place(model), "revision": revision, **loading}
-    say("all experts in memory")
-    with _loaded(**loading, expert_slots=_EVERY) as ours:
+    loading["model"] = place(model)
+    total = opened.view.geometry.total_experts
+    baseline = "all experts in memory"
+    if most is not None:
+        baseline = f"{most} of {total} experts in memory, the most that this machine has room for"
+    say(baseline)
+    with _loaded(**loading, expert_slots=_EVERY if most is None else most) as ours:
         prompts = _prompts(ours, load_tokenizer(checkpoint), settings)
-        resident = recorded_runs(ours, layers, prompts, settings.new_tokens)
-        budgets = _budgets(settings.shares, ours.gangline)
+        resident = recorded_runs(ours, layers, prompts, settings.new_tokens, apart=True)
+        budgets = _budgets(settings.shares, ours.gangline, most)
     reference = (
         run_reference(opened, checkpoint, prompts, settings.new_tokens, say) if settings.reference else OFF
     )
@@ -117,6 +123,7 @@ def check_model(
         model=str(model),
         dtype=str(opened.dtype).removeprefix("torch."),
         precision=precision,
+        baseline=baseline,
         reference=reference.name,
         tolerance=reference.tolerance,
         reference_passed=agrees if precision == "stored" else None,
@@ -125,18 +132,12 @@ def check_model(
     )
 
 
-def _require_room(opened: OpenedModel, precision: str) -> None:
-    """Refuse a model that cannot be wholly in memory once: there would be nothing to compare with."""
-    import psutil
-
-    footprint = opened.footprint(codec_of(precision))
-    needed, available = footprint.dense + footprint.all_slots, psutil.virtual_memory().available
-    if needed > available:
-        raise BudgetError(
-            f"{opened.name}: the check needs all experts in memory once, {format_size(needed)}; "
-            f"{format_size(available)} is available. Check a cut-down copy, or on a larger machine",
-            needed,
-        )
+def _baseline_slots(opened: OpenedModel, loading: dict[str, Any]) -> int | None:
+    """Return the expert slots of the run that all others are compared with, None for every expert."""
+    options = LoadOptions(**loading)
+    request = plan_request(options, opened.config, model=opened.name)
+    plan = make_plan(request, opened.footprint(codec_of(options.precision)))
+    return None if plan.everything_resident else plan.experts_resident
 
 
 def _prompts(model: Any, tokenizer: Any | None, settings: CheckSettings) -> dict[int, Tensor]:
@@ -161,10 +162,14 @@ def _loaded(**loading: Any) -> Iterator[Any]:
         gc.collect()
 
 
-def _budgets(shares: tuple[float, ...], runtime: Any) -> list[tuple[str, int]]:
-    """Return name and expert slots of each budget, largest first, the smallest possible last."""
+def _budgets(shares: tuple[float, ...], runtime: Any, most: int | None) -> list[tuple[str, int]]:
+    """Return name and expert slots of each budget, largest first, the smallest possible last.
+
+    Shares of more than ``most`` slots are left out: there is no room for them.
+    """
     total, smallest = runtime.geometry.total_experts, runtime.smallest_slots
     named = {f"{100 * share:g} %": max(smallest, math.ceil(share * total)) for share in shares}
+    named = {name: slots for name, slots in named.items() if most is None or slots <= most}
     return [*sorted(named.items(), key=lambda item: -item[1]), ("smallest", smallest)]
 
 

@@ -16,7 +16,7 @@ class Case:
         expert_slots: experts that fit in memory.
         cache: ``"default"`` or ``"random <seed>"``.
         batch: sequences.
-        identical: tokens and logits equal in every bit to the run with everything in memory.
+        identical: tokens and logits equal in every bit to the baseline.
         max_abs_logit_diff: to that run; 0 if identical.
         reference_tokens_equal: whether all tokens are the plain model's; None where that did not run.
         reference_max_abs_logit_diff: to the plain model, over positions with the same context; None where
@@ -45,6 +45,7 @@ class CheckReport:
         model: as the user named it.
         dtype: of activations and dense weights.
         precision: of the experts.
+        baseline: which of our own runs the cases are compared with: all experts in memory where they fit.
         reference: what the plain model was, or why it did not run.
         tolerance: largest accepted difference of a logit from the plain model; None where it did not run.
         reference_passed: whether the plain model agrees as the contract says; None where it did not run, or
@@ -56,6 +57,7 @@ class CheckReport:
     model: str
     dtype: str
     precision: str
+    baseline: str
     reference: str
     tolerance: float | None
     reference_passed: bool | None
@@ -64,7 +66,7 @@ class CheckReport:
 
     @property
     def identical(self) -> bool:
-        """Whether every case equals the run with everything in memory in every bit."""
+        """Whether every case equals the baseline in every bit."""
         return all(case.identical for case in self.cases)
 
     @property

@@ -43,14 +43,19 @@ OFF = Reference("not run: switched off", {}, None)
 
 
 def recorded_runs(
-    model: Any, layers: list[str], prompts: Mapping[int, Tensor], new_tokens: int
+    model: Any, layers: list[str], prompts: Mapping[int, Tensor], new_tokens: int, *, apart: bool = False
 ) -> dict[int, RecordedRun]:
-    """Continue every batch of prompts; the routing of the experts modules ``layers`` goes on record."""
+    """Continue every batch of prompts; the routing of the experts modules ``layers`` goes on record.
+
+    ``apart`` records it in a second run: a model that is listened to may compute in another way (our native
+    decode steps aside for hooks), and what it says must be what it says to everybody.
+    """
     runs = {}
     for batch, ids_BP in prompts.items():
+        generation = generate_greedy(model, ids_BP, new_tokens) if apart else None
         with record_routing(model, layers, batch) as routing:
-            generation = generate_greedy(model, ids_BP, new_tokens)
-        runs[batch] = RecordedRun(generation, routing)
+            heard = generate_greedy(model, ids_BP, new_tokens)
+        runs[batch] = RecordedRun(generation or heard, routing)
     return runs
 
 
