@@ -32,11 +32,11 @@ from gangline.runtime.files import ALIGN
 from gangline.runtime.footprint import Footprint, measure_footprint
 from gangline.runtime.read_plan import plan_reads
 
-# Group sizes at which round-to-nearest loses little for few bits: 8.125, 4.25, 3.25 and 2.5 bits per weight in all.
+# Group sizes at which round-to-nearest loses little for few bits: 8.125, 4.5, 3.25 and 2.5 bits per weight in all.
 PRECISIONS = {
     "stored": None,
     "int8": "tile16:int8g128",
-    "int4": "tile16:int4g64",
+    "int4": "tile16:int4g32",
     "int3": "tile16:int3g64",
     "int2": "tile16:int2g32",
 }
