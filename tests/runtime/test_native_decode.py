@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, tiny_model
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
@@ -18,6 +17,7 @@ from gangline.kernels.sums import accumulate
 from gangline.models import MoEView, expert_math, expert_tensors, find_moe, resident_forward, stored_fields
 from gangline.runtime.native_cache import GrowingLayer
 from gangline.runtime.native_decode import NativeDecode, enable_native_decode
+from tiny_models import VOCABULARY, tiny_model
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the native core is not built")
 
@@ -51,7 +51,9 @@ class NativeExperts(ModuleExperts):
         self._experts = [b.geometry.experts for b in view.blocks]
         self._weights = [
             [
-                kernel.bind([t.detach().contiguous().view(torch.uint8).reshape(-1) for t in expert_tensors(b, e)])
+                kernel.bind(
+                    [t.detach().contiguous().view(torch.uint8).reshape(-1) for t in expert_tensors(b, e)]
+                )
                 for e in range(b.geometry.experts)
             ]
             for kernel, b in zip(self._kernels, view.blocks, strict=True)
@@ -73,7 +75,9 @@ class NativeExperts(ModuleExperts):
         ]
 
 
-def build(family: str, seed: int, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, NativeDecode]:
+def build(
+    family: str, seed: int, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[Any, NativeDecode]:
     model = tiny_model(family, seed=seed, dtype=dtype)
     view = find_moe(model)
     step = enable_native_decode(model, view, ModuleExperts(view), **options)
@@ -133,7 +137,9 @@ def test_one_step_in_sixteen_bits_is_near_the_modules(family: str, dtype: torch.
     with torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
         twin = copy.deepcopy(cache)
-        more = {"attention_mask": torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], 1)}
+        more = {
+            "attention_mask": torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], 1)
+        }
         token = torch.randint(3, VOCABULARY, (2, 1))
         ours = model(token, past_key_values=cache, **more).logits
         step.enabled = False
@@ -328,7 +334,12 @@ def test_refuses_modules_that_compute_something_else(
     model = tiny_model("qwen2_moe", seed=seed)
     view = find_moe(model)
     layer = model.model.layers[1]
-    module = {"mlp": layer.mlp, "self_attn": layer.self_attn, "norm": model.model.norm, "gate": layer.mlp.gate}[part]
+    module = {
+        "mlp": layer.mlp,
+        "self_attn": layer.self_attn,
+        "norm": model.model.norm,
+        "gate": layer.mlp.gate,
+    }[part]
     original = module.forward
 
     def altered(*args: Any, **kwargs: Any) -> Any:

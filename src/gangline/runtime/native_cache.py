@@ -1,7 +1,7 @@
-"""Keys and values with room to grow: layers of a ``DynamicCache`` that the native decode step appends to in place.
+"""Keys and values with room to grow: layers of a ``DynamicCache`` that the native decode step appends to.
 
-transformers' own layers are a tensor that every token concatenates to. These hold a larger buffer and show the
-part in use, so that a prompt computed by transformers' modules and tokens computed natively share one cache.
+transformers' own layers are a tensor that every token concatenates to. These hold a larger buffer and show
+the part in use, so that a prompt computed by transformers' modules and tokens computed natively share it.
 
 Shape suffixes: B sequences, H key/value heads, S positions in use, C capacity, d head dimension.
 """
@@ -56,11 +56,11 @@ class _Rows:
         self.length = end
 
 
-class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+class GrowingLayer(DynamicLayer):
     """One layer of keys and values; behaves as transformers' ``DynamicLayer``.
 
-    ``keys`` and ``values`` are views of the part in use. Assigning a view of it that begins at its first position
-    shortens the part in use (what ``crop`` does); assigning another tensor takes that one over.
+    ``keys`` and ``values`` are views of the part in use. Assigning a view of it that begins at its first
+    position shortens the part in use (what ``crop`` does); assigning another tensor takes that one over.
 
     Args:
         context: tokens over all sequences that the memory plan has room for, or None.
@@ -69,7 +69,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, context: int | None = None) -> None:
         self._rows: dict[str, _Rows | None] = {"keys": None, "values": None}
         self._context = context
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
 
     @property
     def keys(self) -> Tensor | None:
@@ -119,7 +119,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         keys, values = self._both()
         keys.append(key_states)
         values.append(value_states)
-        return self._visible(keys.view, key_states.shape[-2]), self._visible(values.view, key_states.shape[-2])
+        return self._visible(keys.view, key_states.shape[-2]), self._visible(
+            values.view, key_states.shape[-2]
+        )
 
     def get_seq_length(self) -> int:
         """Positions in use."""
@@ -136,7 +138,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """Make room for one token; return the addresses of keys and values, and the capacity."""
         keys, values = self._rows["keys"], self._rows["values"]
         assert keys is not None and values is not None
-        if keys.length == keys.capacity or values.length == values.capacity or keys.capacity != values.capacity:
+        if (
+            keys.length == keys.capacity
+            or values.length == values.capacity
+            or keys.capacity != values.capacity
+        ):
             self.make_room(1)
         return keys.address, values.address, keys.capacity
 
@@ -161,8 +167,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
 
 class GrowingSlidingLayer(GrowingLayer):
-    """As transformers' ``DynamicSlidingWindowLayer``, but positions that have left the window stay in the buffer:
-    the memory plan counts them anyway, and a crop can go back to them.
+    """As transformers' ``DynamicSlidingWindowLayer``, but positions that have left the window stay in the
+    buffer: the memory plan counts them anyway, and a crop can go back to them.
     """
 
     is_sliding = True
@@ -190,18 +196,23 @@ class GrowingSlidingLayer(GrowingLayer):
 
 
 def adopt_cache(cache: Any, layers: int, context: int | None) -> bool:
-    """Replace the layers of an empty ``DynamicCache`` by growing ones, in place; False if it is of another kind."""
+    """Replace the layers of an empty ``DynamicCache`` by growing ones; False if it is of another kind."""
     if type(cache) is not DynamicCache or cache.offloading:
         return False
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
         return False
-    if any(layer.is_initialized or getattr(layer, "record_past", False) for layer in cache.layers):
+    if (
+        cache.get_seq_length()
+        or cache.is_initialized
+        or any(getattr(x, "record_past", False) for x in cache.layers)
+    ):
         return False
     if cache.layers and len(cache.layers) != layers:
         return False
     windows = [getattr(layer, "sliding_window", None) for layer in cache.layers] or [None] * layers
     cache.layers = [
-        GrowingLayer(context) if window is None else GrowingSlidingLayer(window, context) for window in windows
+        GrowingLayer(context) if window is None else GrowingSlidingLayer(window, context)
+        for window in windows
     ]
     return True
 
@@ -210,12 +221,12 @@ def growing_layers(cache: Any) -> list[GrowingLayer] | None:
     """Return a cache's layers if all of them are ours and in step with each other."""
     if type(cache) is not DynamicCache or not cache.layers:
         return None
-    length = cache.layers[0].get_seq_length()
-    batch = getattr(cache.layers[0], "batch", 0)
-    for layer in cache.layers:
-        if not isinstance(layer, GrowingLayer) or layer.batch != batch or layer.get_seq_length() != length:
-            return None
-    return list(cache.layers)
+    layers: list[Any] = cache.layers
+    if not all(isinstance(layer, GrowingLayer) for layer in layers):
+        return None
+    length, batch = layers[0].get_seq_length(), layers[0].batch
+    in_step = all(layer.get_seq_length() == length and layer.batch == batch for layer in layers)
+    return list(layers) if in_step else None
 
 
 def _begins(view: Tensor, buffer: Tensor) -> bool:

@@ -70,7 +70,10 @@ def _check_rule(decoder: NativeDecoder, block: MoEBlock, generator: torch.Genera
     weights_TK = torch.empty(16, spec.k)
     decoder.parts.core.route(rule, z_TE.data_ptr(), 16, ids_TK.data_ptr(), weights_TK.data_ptr())
     theirs = select(z_TE, spec)
-    ours_TE, theirs_TE = _spread(ids_TK, weights_TK, experts), _spread(theirs.ids_TK, theirs.weights_TK, experts)
+    ours_TE, theirs_TE = (
+        _spread(ids_TK, weights_TK, experts),
+        _spread(theirs.ids_TK, theirs.weights_TK, experts),
+    )
     if not torch.allclose(ours_TE, theirs_TE, atol=1e-6, rtol=1e-5):
         raise NotNativeError(f"routing of {block.parent_name} ({spec.kind}) differs")
 
@@ -178,7 +181,9 @@ def _compare(decoder: NativeDecoder, seen: _Seen) -> None:
             _close(ours_BHSd[:, :, -1].float(), theirs.float(), tolerance, f"{name} of layer {index}")
         _close(hidden_BD - seen.inputs[index], seen.added[index], tolerance, f"layer {index}")
     if alike and sum(alike) < len(alike) * (1.0 if tolerance < 1e-3 else _NEAR_TIES):
-        raise NotNativeError(f"routers choose other experts for {len(alike) - sum(alike)} of {len(alike)} rows")
+        raise NotNativeError(
+            f"routers choose other experts for {len(alike) - sum(alike)} of {len(alike)} rows"
+        )
     assert seen.last is not None and seen.logits_BV is not None
     hidden_BD.copy_(seen.last)
     decoder.native.head()

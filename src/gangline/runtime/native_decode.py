@@ -1,8 +1,9 @@
 """The native decode step in front of a model's own ``forward``.
 
-``generate()`` stays transformers'. A prompt runs through transformers' modules into a cache with room to grow;
-every further token of sequences that have such a cache runs through the native step. Whatever is asked for that
-the step does not do (attentions, hidden states, a loss, another cache, gradients, ...) runs through the modules.
+``generate()`` stays transformers'. A prompt runs through transformers' modules into a cache with room to
+grow; every further token of sequences that have such a cache runs through the native step. Whatever is asked
+for that the step does not do (attentions, hidden states, a loss, another cache, gradients, ...) runs through
+the modules.
 
 Shape suffixes: B sequences, S positions, T rows, D hidden, K chosen experts.
 """
@@ -33,7 +34,7 @@ class MoE(Protocol):
     """What the step needs of the engine."""
 
     def forward(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Return the experts' weighted sum ``[T, D]``; all tensors but the ids are fp32, ``x_TD`` is reused."""
+        """Return the experts' weighted sum ``[T, D]``; all but the ids are fp32, ``x_TD`` is reused."""
         ...
 
     @property
@@ -55,7 +56,7 @@ def enable_native_decode(
         model: loaded, on the CPU, with its experts installed or not: the proof reads none.
         view: its MoE layers.
         moe: computes the experts.
-        context: tokens over all sequences that the memory plan has room for; caches grow no further at a time.
+        context: tokens over all sequences that the memory plan has room for; caches grow no further.
 
     Returns:
         The running step (``close()`` takes it out again), or None with one logged line that says why not.
@@ -144,7 +145,12 @@ class NativeDecode:
         if cache is None or ids_BT is None or ids_BT.dim() != 2 or ids_BT.shape[1] != 1:
             return None
         layers = growing_layers(cache)
-        if layers is None or not self._sound or not self._plain(kwargs) or len(layers) != len(self.decoder.plans):
+        if (
+            layers is None
+            or not self._sound
+            or not self._plain(kwargs)
+            or len(layers) != len(self.decoder.plans)
+        ):
             return None
         rows, length = len(ids_BT), layers[0].get_seq_length()
         if length == 0 or layers[0].batch != rows or layers[0].dtype != self.decoder.dtype:
@@ -163,9 +169,13 @@ class NativeDecode:
         asked = {
             name: value
             for name, value in kwargs.items()
-            if name not in ("input_ids", "attention_mask", "position_ids", "past_key_values") and value is not None
+            if name not in ("input_ids", "attention_mask", "position_ids", "past_key_values")
+            and value is not None
         }
-        if asked.pop("use_cache", settings.get("use_cache")) is False or asked.pop("return_dict", True) is False:
+        if (
+            asked.pop("use_cache", settings.get("use_cache")) is False
+            or asked.pop("return_dict", True) is False
+        ):
             return False
         keep = asked.pop("logits_to_keep", 0)
         if not isinstance(keep, int) or keep not in (0, 1):

@@ -1,6 +1,6 @@
 """Recognise the common skeleton of a MoE transformer in a model's modules, for the native decode step.
 
-What is read here is proved by ``native_check`` before it is used; whatever is not recognised is refused by name.
+What is read here is proved by ``native_check`` before it is used; what is not recognised is refused by name.
 """
 
 from collections.abc import Iterable
@@ -141,7 +141,9 @@ def _router(made: Parts, block: MoEBlock) -> Any:
     router = block.router
     if router is None or block.router_spec is None:
         raise NotNativeError(f"the router of {block.parent_name}: {block.router_reason or 'there is none'}")
-    _only(router, {"moe_statics"}, parameters={"weight", "bias", "e_score_correction_bias", "per_expert_scale"})
+    _only(
+        router, {"moe_statics"}, parameters={"weight", "bias", "e_score_correction_bias", "per_expert_scale"}
+    )
     return made.linear(router)
 
 

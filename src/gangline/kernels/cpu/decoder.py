@@ -64,7 +64,9 @@ class Parts:
         if not isinstance(tensor, Tensor):
             raise NotNativeError(f"{type(module).__name__} has no {name}")
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
-            raise NotNativeError(f"{type(module).__name__}.{name} is a {type(tensor).__name__} on {tensor.device}")
+            raise NotNativeError(
+                f"{type(module).__name__}.{name} is a {type(tensor).__name__} on {tensor.device}"
+            )
         if tensor.dtype not in _CODECS or not tensor.is_contiguous():
             raise NotNativeError(f"{type(module).__name__}.{name} is {tensor.dtype} or not contiguous")
         self.watched.append((module, name, tensor.data_ptr()))
@@ -123,9 +125,9 @@ class LayerPlan:
 class NativeDecoder:
     """One token for each of B sequences, all layers.
 
-    The experts are computed by ``moe`` between the native halves of each layer (:meth:`step`), or, where every
-    expert has been given to :meth:`set_experts`, by the native core in one call (:meth:`step_all`). Both give
-    the same bits.
+    The experts are computed by ``moe`` between the native halves of each layer (:meth:`step`), or, where
+    every expert has been given to :meth:`set_experts`, by the native core in one call (:meth:`step_all`). Both
+    give the same bits.
 
     Args:
         parts: what the layers were made with.
@@ -180,15 +182,20 @@ class NativeDecoder:
         return self._resident
 
     def set_experts(self, table: Sequence[tuple[Any, Sequence[Any]]] | None) -> None:
-        """Give (or with None take back) all experts: for each MoE layer its native ``MoELayer`` and ``Expert``
-        objects in ascending id. They must stay valid until they are taken back.
+        """Give (or with None take back) all experts: for each MoE layer its native ``MoELayer`` and its
+        ``Expert`` objects in ascending id. They must stay valid until they are taken back.
         """
         self.native.set_experts([] if table is None else [(layer, list(experts)) for layer, experts in table])
         self._resident = table is not None
         self._table = table  # the native side holds no references
 
     def begin(
-        self, embedded_BD: Tensor, positions_B: Tensor, first_B: Tensor, length: int, cache: Sequence[CacheLayer]
+        self,
+        embedded_BD: Tensor,
+        positions_B: Tensor,
+        first_B: Tensor,
+        length: int,
+        cache: Sequence[CacheLayer],
     ) -> "StepBuffers":
         """Start a step; all tensors are contiguous.
 
@@ -227,7 +234,7 @@ class NativeDecoder:
         return buffers.logits_BV
 
     def step_all(self, buffers: "StepBuffers") -> Tensor:
-        """Return the logits ``[B, V]`` of one native call; afterwards ``buffers.routing`` tells what was chosen."""
+        """Return the logits ``[B, V]`` of one native call; ``buffers.routing`` then tells what was chosen."""
         self.native.step_all()
         return buffers.logits_BV
 
