@@ -1,11 +1,13 @@
 """One MoE layer on the CPU: the native core next to what torch offers, on the same routing, in turns.
 
-    python benchmarks/moe_layer_cpu.py --rounds 5 --out benchmarks/results/moe_layer_cpu.json
+    python benchmarks/moe_layer_cpu.py --rounds 5 --pin --out benchmarks/results/moe_layer_cpu.json
 
 Each round takes new tokens and new random experts (uniform routing), so that decoding finds few of them in
 the caches; memory bandwidth is measured around every round. Decoding's bound is the time to read the bytes of
 the experts in use once. All experts of a layer have the same values at addresses of their own. Peers have
 bf16 activations; theirs of 4 and 8 bits have one product an expert and matrix, as torch offers no other.
+``--pin`` keeps each thread on a core of its own while it is timed: on a machine that has other work the
+system else puts two threads on one core for seconds at a time.
 
 Shape suffixes: T tokens, K experts per token, P pairs, N pairs of one expert, D hidden, F intermediate, G
 gate/up columns, E experts.
@@ -15,7 +17,8 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,6 +189,40 @@ PEERS: dict[str, dict[str, Callable[[LayerShape], Layer]]] = {
 }
 
 
+@contextmanager
+def pinned(pin: bool) -> Iterator[None]:
+    """Keep the calling thread on the first core."""
+    cores = os.sched_getaffinity(0)
+    if pin:
+        os.sched_setaffinity(0, {min(cores)})
+    yield
+    os.sched_setaffinity(0, cores)
+
+
+def pin_workers(start: Callable[[], object]) -> None:
+    """Keep each thread that ``start`` makes on a core of its own, beside the calling thread's."""
+    threads = Path("/proc/self/task")
+    before = set(threads.iterdir())
+    start()
+    new = sorted(int(thread.name) for thread in set(threads.iterdir()) - before)
+    for thread, core in zip(new, sorted(os.sched_getaffinity(0))[1:], strict=False):
+        os.sched_setaffinity(thread, {core})
+
+
+def start_native() -> None:
+    """One small call on all threads of the native core."""
+    accumulate(
+        torch.ones(1, 4096),
+        group_by_expert(torch.zeros(1, 1).long(), torch.ones(1, 1), 1),
+        torch.zeros(1, 4096),
+    )
+
+
+def start_torch() -> None:
+    """One product on all threads of torch."""
+    torch.randn(512, 512) @ torch.randn(512, 512)
+
+
 def reading(layer: Layer, inputs: Sequence[tuple[Tensor, Grouping]]) -> float:
     """Median seconds of one call over inputs."""
     times = []
@@ -211,7 +248,7 @@ def inputs_of(shape: LayerShape, tokens: int) -> list[tuple[Tensor, Grouping]]:
     return made
 
 
-def measure(shape: LayerShape, codec: str, rounds: int, threads: int) -> list[Row]:
+def measure(shape: LayerShape, codec: str, rounds: int, threads: int, pin: bool) -> list[Row]:
     """All rows of one shape and codec."""
     ours, nbytes = native_layer(shape, codec)
     layers = {"": ours} | {name: make(shape) for name, make in PEERS.get(codec, {}).items()}
@@ -225,8 +262,9 @@ def measure(shape: LayerShape, codec: str, rounds: int, threads: int) -> list[Ro
         for _ in range(rounds):
             inputs = inputs_of(shape, tokens)
             before = measure_ram(threads, seconds=0.3)
-            for name, layer in layers.items():
-                times[name].append(reading(layer, inputs))
+            with pinned(pin):
+                for name, layer in layers.items():
+                    times[name].append(reading(layer, inputs))
             used = statistics.median(len(grouping.experts) for _, grouping in inputs)
             beside = Beside(before, measure_ram(threads, seconds=0.3))
             shares.append(beside.share(used * nbytes, times[""][-1]))
@@ -272,15 +310,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--codecs", default=",".join(CODECS))
+    parser.add_argument("--pin", action="store_true", help="one core for each thread (Linux)")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     set_native_threads(arguments.threads)
+    if arguments.pin:
+        pin_workers(start_native)
+        pin_workers(start_torch)
     rows = [
         row
         for shape in SHAPES
         for codec in arguments.codecs.split(",")
-        for row in measure(shape, codec, arguments.rounds, arguments.threads)
+        for row in measure(shape, codec, arguments.rounds, arguments.threads, arguments.pin)
     ]
     if arguments.out is not None:
         write_result(arguments.out.stem, rows, folder=arguments.out.parent)
