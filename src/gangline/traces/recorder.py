@@ -5,10 +5,12 @@ K slots per token, N routed experts, D hidden.
 """
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +25,10 @@ from gangline.traces.writer import TraceWriter
 logger = logging.getLogger(__name__)
 
 
+_Kept = Tensor | list[Any]
+_FEW_ROWS, _FEW_COLUMNS = 4, 16
+
+
 @dataclass
 class _Pass:
     """One forward pass: which rows count, and what the layers said."""
@@ -32,10 +38,10 @@ class _Pass:
     shape: tuple[int, int]
     decode: bool
     predicted_BS: Array | None = None
-    ids: list[Tensor] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
-    inputs: list[Tensor] = field(default_factory=list)
+    ids: list[_Kept] = field(default_factory=list)
+    weights: list[_Kept] = field(default_factory=list)
+    logits: list[_Kept] = field(default_factory=list)
+    inputs: list[_Kept] = field(default_factory=list)
 
 
 class Recorder:
@@ -99,19 +105,19 @@ class Recorder:
             return
         current = self._passes[-1]
         rows = current.shape[0] * current.shape[1]
-        if layer != len(current.ids) or len(routing.ids_TK) != rows:
+        ids = _copy(routing.ids_TK, torch.int16, rows)
+        if layer != len(current.ids) or len(ids) != rows:
             raise TraceError(
-                f"layer {layer} routed {len(routing.ids_TK)} rows where layer {len(current.ids)} and "
-                f"{rows} rows were expected; record one part of this model (stack=...) or report its class"
+                f"layer {layer} routed {len(ids)} rows where layer {len(current.ids)} and {rows} rows were "
+                "expected; record one part of this model (stack=...) or report its class"
             )
-        # Ids have no gradient, and the narrow type makes this a copy.
-        current.ids.append(routing.ids_TK.to("cpu", torch.int16, copy=True))
+        current.ids.append(ids)
         if self._full:
-            current.weights.append(_half(routing.weights_TK))
+            current.weights.append(_copy(routing.weights_TK, torch.float16, rows))
         if routing.logits_TE is not None:
-            current.logits.append(_half(routing.logits_TE))
+            current.logits.append(_copy(routing.logits_TE, torch.float16, rows))
         if routing.inputs_TD is not None:
-            current.inputs.append(_half(routing.inputs_TD))
+            current.inputs.append(_copy(routing.inputs_TD, torch.float16, rows))
 
     def on_predicted(self, ids_BS: Tensor) -> None:
         """Keep the likeliest next tokens of the pass."""
@@ -184,15 +190,15 @@ class Recorder:
     def _layer(self, passes: list[_Pass], number: int, keep_R: Array | None) -> LayerRows:
         experts = self.writer.header.layers[number].experts
 
-        def rows(parts: list[list[Tensor]]) -> Array | None:
+        def rows(parts: list[list[_Kept]]) -> Array | None:
             if not parts[0]:
                 return None
-            joined = torch.cat([part[number] for part in parts]).numpy()
+            joined = _joined([part[number] for part in parts])
             return joined if keep_R is None else joined[keep_R]
 
         ids_RK = rows([one.ids for one in passes])
         assert ids_RK is not None
-        ids_RK = ids_RK.view(np.uint16)  # a negative id is out of range as well
+        ids_RK = ids_RK.astype(np.uint16)  # a negative id is out of range as well
         weights_RK = rows([one.weights for one in passes])
         there_RK = ids_RK < experts
         some_empty = not there_RK.all()
@@ -205,8 +211,24 @@ class Recorder:
         return LayerRows(ids_RK, there_RK if some_empty else None, weights_RK, logits_RN, inputs_RD)
 
 
-def _half(values: Tensor) -> Tensor:
-    return values.detach().to("cpu", torch.float16, copy=True)
+def _copy(values: Tensor, dtype: torch.dtype, rows: int) -> _Kept:
+    """Return a copy on the CPU; of the few numbers of a decoded token the quickest one is a list."""
+    values = values.detach() if values.requires_grad else values
+    if rows <= _FEW_ROWS and values.shape[1] <= _FEW_COLUMNS:
+        return values.tolist()
+    own = values.clone() if values.dtype is dtype else values.to(dtype)
+    return own if own.device.type == "cpu" else own.cpu()
+
+
+def _joined(parts: list[_Kept]) -> Array:
+    """Put kept rows one after another."""
+    arrays: list[Array] = []
+    for few, run in itertools.groupby(parts, key=lambda part: isinstance(part, list)):
+        if few:
+            arrays.append(np.array([row for part in run for row in part]))
+        else:
+            arrays.extend(cast(Tensor, part).numpy() for part in run)
+    return np.concatenate(arrays)
 
 
 def _real_rows(passes: list[_Pass]) -> Array | None:
