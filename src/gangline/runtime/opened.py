@@ -32,7 +32,7 @@ from gangline.runtime.files import ALIGN
 from gangline.runtime.footprint import Footprint, measure_footprint
 from gangline.runtime.read_plan import plan_reads
 
-# Group sizes at which round-to-nearest loses little for few bits: 8.125, 4.5, 3.25 and 2.5 bits per weight in all.
+# Group sizes at which round-to-nearest loses little: 8.125, 4.5, 3.25 and 2.5 bits per weight in all.
 PRECISIONS = {
     "stored": None,
     "int8": "tile16:int8g128",
