@@ -11,7 +11,8 @@ from gangline.core.errors import FormatError
 from gangline.core.layout import ExpertLayout, FieldSpec
 from gangline.formats import get_codec
 from gangline.kernels.cpu import native
-from gangline.kernels.cpu.native_kernel import NativeKernel, combine
+from gangline.kernels.cpu.native_kernel import NativeKernel
+from gangline.kernels.grouping import Grouping, group_by_expert
 from gangline.kernels.reference import ExpertMath, ReferenceKernel
 from gangline.models import expert_math, expert_tensors, find_moe
 from kernels.expert_rig import Experts, biases, clamped_oai, layout_of, relative_error, routed, run, swiglu
@@ -185,14 +186,22 @@ def test_plain_numbers_with_many_rows_go_through_torch(seed: int) -> None:
     experts = Experts.random(layout_of("bf16", 64, 48), ExpertMath(swiglu), 3)
     x_TD = torch.randn(60, 64).bfloat16()
     ids_TK = torch.tensor([[0, 1]] * 3 + [[0, 2]] * 57)
-    from gangline.kernels.grouping import group_by_expert
-
     grouping = group_by_expert(ids_TK, torch.rand(60, 2), 3)
     assert grouping.counts == (60, 3, 57)
     got = experts.native(x_TD, grouping)
     exact = run(ReferenceKernel(experts.layout, experts.math), experts.raws, x_TD, grouping)
     assert torch.equal(got[:60], exact[:60]) and torch.equal(got[63:], exact[63:])
     assert relative_error(got[60:63], exact[60:63]) < 2e-2 and not torch.equal(got[60:63], exact[60:63])
+
+
+def combine(y_PD: torch.Tensor, grouping: Grouping, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    name = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+    token_P, weight_P1 = grouping.token_P.contiguous(), grouping.weight_P1.contiguous()
+    pairs, hidden = y_PD.shape
+    out_TD = torch.full((tokens, hidden), torch.nan, dtype=dtype)
+    addresses = y_PD.data_ptr(), token_P.data_ptr(), weight_P1.data_ptr()
+    core.combine(*addresses, pairs, tokens, hidden, out_TD.data_ptr(), name)
+    return out_TD
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -217,8 +226,6 @@ def test_combine_adds_up_in_ascending_expert_id(
 
 
 def test_a_token_without_pairs_gets_zeros() -> None:
-    from gangline.kernels.grouping import group_by_expert
-
     grouping = group_by_expert(torch.tensor([[0, 9], [9, 9]]), torch.ones(2, 2), 9)
     out = combine(torch.ones(1, 3), grouping, 2, torch.float32)
     assert out.tolist() == [[1, 1, 1], [0, 0, 0]]
@@ -244,7 +251,7 @@ def test_calls_from_several_threads(seed: int) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_familys_gate_and_biases(family: str, seed: int) -> None:
+def test_gate_and_biases_of_every_family(family: str, seed: int) -> None:
     """The experts of real modules; only transposed ones and unheard-of gates are not computed natively."""
     model = tiny_model(family, seed=seed % 1000)
     for block in find_moe(model).blocks[:2]:

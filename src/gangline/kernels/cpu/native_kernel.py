@@ -16,7 +16,6 @@ from gangline.core.layout import ExpertLayout, FieldSpec
 from gangline.formats import DenseCodec, dense_codec_name, get_codec
 from gangline.kernels.cpu import native
 from gangline.kernels.cpu.gates import GateForm, recognise_gate
-from gangline.kernels.grouping import Grouping
 from gangline.kernels.reference import ExpertMath, ExpertWeights, ReferenceKernel
 
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -245,38 +244,6 @@ class _Part:
         """The expert's bias for each pair, ``[P, X]``."""
         counts = torch.tensor([b - a for a, b in zip(self.starts, self.starts[1:], strict=False)])
         return bias_EX[torch.tensor(list(self.experts))].repeat_interleave(counts, dim=0)
-
-
-def combine(y_PD: Tensor, grouping: Grouping, tokens: int, out_dtype: torch.dtype) -> Tensor:
-    """Return ``[T, D]``: each token's weighted sum over its experts, in fp32 in ascending expert id.
-
-    Args:
-        y_PD: outputs of all pairs in the order of ``grouping``, fp32.
-        grouping: pairs and their weights.
-        tokens: T; a token without pairs gets zeros.
-        out_dtype: what the sum is rounded to.
-    """
-    core: Any = native()
-    hidden = y_PD.shape[1]
-    if core is None or out_dtype not in _DTYPES:
-        sum_TD = torch.zeros(tokens, hidden)
-        for index in range(len(grouping.experts)):
-            grouping.add(index, y_PD[grouping.starts[index] : grouping.starts[index + 1]], sum_TD)
-        return sum_TD.to(out_dtype)
-    y_PD = y_PD.float().contiguous()
-    token_P, weight_P1 = grouping.token_P.contiguous(), grouping.weight_P1.float().contiguous()
-    out_TD = torch.empty(tokens, hidden, dtype=out_dtype)
-    core.combine(
-        y_PD.data_ptr(),
-        token_P.data_ptr(),
-        weight_P1.data_ptr(),
-        len(token_P),
-        tokens,
-        hidden,
-        out_TD.data_ptr(),
-        _DTYPES[out_dtype],
-    )
-    return out_TD
 
 
 def _is_dense(spec: FieldSpec) -> bool:
