@@ -131,6 +131,17 @@ def test_a_growing_layer_behaves_as_transformers_own(window: int | None, seed: i
     assert torch.equal(cache.update(more, more, 0)[0], plain.update(more, more, 0)[0])
 
 
+def test_assigned_keys_are_taken_over_with_the_values(seed: int) -> None:
+    layer = GrowingLayer()
+    layer.update(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4))
+    keys, values = torch.randn(1, 2, 3, 4), layer.values.clone()
+    layer.keys = keys
+    addresses = layer.native_rows()
+    assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+    assert addresses == (layer.keys.data_ptr(), layer.values.data_ptr(), 256)
+    assert layer.holds(1, 3) and not layer.holds(2, 3)
+
+
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_a_copied_layer_has_memory_of_its_own(twin: Any, seed: int) -> None:
     layer = GrowingLayer()

@@ -136,13 +136,10 @@ class GrowingLayer(DynamicLayer):
 
     def native_rows(self) -> tuple[int, int, int]:
         """Make room for one token; return the addresses of keys and values, and the capacity."""
-        keys, values = self._rows["keys"], self._rows["values"]
-        assert keys is not None and values is not None
-        if (
-            keys.length == keys.capacity
-            or values.length == values.capacity
-            or keys.capacity != values.capacity
-        ):
+        keys, values = self._both()
+        if keys.capacity != values.capacity:  # somebody has assigned one of them: both move
+            keys.capacity, values.capacity = keys.length, values.length
+        if keys.length == keys.capacity or values.length == values.capacity:
             self.make_room(1)
         return keys.address, values.address, keys.capacity
 
@@ -150,6 +147,17 @@ class GrowingLayer(DynamicLayer):
         """Count a token that was written behind the part in use."""
         for rows in self._both():
             rows.length += 1
+
+    def holds(self, batch: int, length: int) -> bool:
+        """Whether keys and values are of so many sequences and positions, and of one kind."""
+        keys, values = self._rows["keys"], self._rows["values"]
+        return (
+            keys is not None
+            and values is not None
+            and keys.length == values.length == length
+            and keys.buffer.shape[0] == values.buffer.shape[0] == batch
+            and keys.buffer.dtype == values.buffer.dtype
+        )
 
     @property
     def batch(self) -> int:
@@ -225,7 +233,7 @@ def growing_layers(cache: Any) -> list[GrowingLayer] | None:
     if not all(isinstance(layer, GrowingLayer) for layer in layers):
         return None
     length, batch = layers[0].get_seq_length(), layers[0].batch
-    in_step = all(layer.get_seq_length() == length and layer.batch == batch for layer in layers)
+    in_step = all(layer.holds(batch, length) for layer in layers)
     return list(layers) if in_step else None
 
 

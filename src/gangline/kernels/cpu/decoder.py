@@ -126,8 +126,8 @@ class NativeDecoder:
     """One token for each of B sequences, all layers.
 
     The experts are computed by ``moe`` between the native halves of each layer (:meth:`step`), or, where
-    every expert has been given to :meth:`set_experts`, by the native core in one call (:meth:`step_all`). Both
-    give the same bits.
+    every expert has been given to :meth:`set_experts`, by the native core in one call (:meth:`step_all`).
+    Both give the same bits.
 
     Args:
         parts: what the layers were made with.
