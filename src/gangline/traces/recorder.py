@@ -6,7 +6,6 @@ K slots per token, N routed experts, D hidden.
 
 import hashlib
 import itertools
-import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,8 +20,6 @@ from gangline.traces.observer import LayerRouting
 from gangline.traces.rows import UNKNOWN, Array, LayerRows, TokenTable
 from gangline.traces.shards import Document
 from gangline.traces.writer import TraceWriter
-
-logger = logging.getLogger(__name__)
 
 
 _Kept = Tensor | list[Any]
