@@ -21,7 +21,6 @@ from gangline.traces.rows import UNKNOWN, Array, LayerRows, TokenTable
 from gangline.traces.shards import Document
 from gangline.traces.writer import TraceWriter
 
-
 _Kept = Tensor | list[Any]
 _FEW_ROWS, _FEW_COLUMNS = 4, 16
 
