@@ -133,7 +133,7 @@ def test_encoder_decoder_shape(tmp_path):
 
 
 class Spoiler:
-    """Changes the n-th generation of a check: ours speaks first, twice (the second time its routing is heard)."""
+    """Changes the n-th generation of a check: ours speaks twice first (then its routing is heard)."""
 
     def __init__(self, monkeypatch, change, at=3):
         self.calls = 0

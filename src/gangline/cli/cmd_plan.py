@@ -13,9 +13,12 @@ if TYPE_CHECKING:
 def plan(out: Output, model: ModelArgument, budget: BudgetOptions) -> None:
     """Say whether a model fits, where its bytes would go, and how fast it would be."""
     import gangline
-    from gangline.cli.loading import load_arguments
+    from gangline.cli.loading import load_arguments, tokenizer_at_hand
 
+    # 'run' has the tokenizer in memory when it plans, so that the smallest budget named here works there.
+    tokenizer = tokenizer_at_hand(model, budget)
     found = gangline.plan(model, **load_arguments(budget))
+    del tokenizer
     out.data(found.to_dict())
     _show(out, model, found)
 
@@ -38,7 +41,7 @@ def _show(out: Output, model: str, plan: "MemoryPlan") -> None:
 
 
 def _verdict(plan: "MemoryPlan") -> str:
-    smallest = f"the smallest budget that works is {format_size(plan.smallest)}"
+    smallest = f"the smallest budget that works is {plan.smallest_advised >> 20} MiB"
     if plan.budget is None:
         return smallest
     return f"fits in {format_size(plan.budget)}; {smallest}"
@@ -59,4 +62,5 @@ def _speed(plan: "MemoryPlan") -> list[str]:
 
 
 def _band(pair: list[float]) -> str:
-    return f"{pair[0]:.3g} to {pair[1]:.3g}"
+    low, high = (f"{rate:.3g}" if rate < 1000 else f"{rate:,.0f}" for rate in pair)
+    return f"{low} to {high}"

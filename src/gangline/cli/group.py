@@ -56,7 +56,8 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, _ClickException):
         context = getattr(error, "ctx", None)
         hint = f" (see '{context.command_path} --help')" if context is not None else ""
-        _say(f"error: {error.format_message().rstrip('.')}{hint}")
+        message = error.format_message().replace("Value error, ", "").rstrip(".")
+        _say(f"error: {message}{hint}")
         return USAGE
     if isinstance(error, GanglineError):
         _say(f"error: {error}")

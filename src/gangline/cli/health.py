@@ -90,7 +90,8 @@ def _processor() -> Iterator[Line]:
         yield Line(
             "info",
             "native core",
-            "not built; in this version it only tells processor features, which the system told instead",
+            "not built: experts are computed by torch, packed formats much slower; "
+            "install a C++20 compiler and Python's headers, and gangline again",
         )
     else:
         yield Line("ok", "native core", "built and loaded")

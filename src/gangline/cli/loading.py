@@ -50,6 +50,17 @@ def loaded(model: str, budget: BudgetOptions, compute: ComputeOptions) -> Iterat
         found.gangline.close()
 
 
+def tokenizer_at_hand(model: str, options: ModelOptions) -> Any | None:
+    """Return the tokenizer of a model whose files are here; None where nothing is, and nothing is fetched."""
+    from gangline.checkpoint.locate import LocalCheckpoint, resolve_checkpoint
+    from gangline.evaluation.plain import load_tokenizer, place
+
+    found = resolve_checkpoint(place(model), options.revision, need_weights=False)
+    if not isinstance(found, LocalCheckpoint):
+        return None
+    return load_tokenizer(dataclasses.replace(found, name=model))
+
+
 def load_arguments(options: ModelOptions, compute: ComputeOptions | None = None) -> dict[str, Any]:
     """Return the keyword arguments of ``gangline.load`` (without ``compute``: of ``gangline.plan``).
 

@@ -18,6 +18,8 @@ _CHILD = """
 import sys
 from gangline.compress.demo import ensure_demo
 from gangline.core.errors import GanglineError
+from transformers.utils import logging
+logging.disable_progress_bar()  # one bar, of the layers, says enough
 try:
     ensure_demo(sys.argv[1] == "1")
 except GanglineError as error:

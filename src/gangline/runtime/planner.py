@@ -83,6 +83,11 @@ class MemoryPlan:
         return self.process + self.reserve + self.dense - self.in_file + self.load_extra
 
     @property
+    def smallest_advised(self) -> int:
+        """The smallest budget with a few MiB more: a process does not begin equally large every time."""
+        return -(-(self.smallest + 4 * MIB) // (8 * MIB)) * 8 * MIB
+
+    @property
     def resident_share(self) -> float:
         """Share of the experts that have a slot."""
         return self.experts_resident / self.experts_total
@@ -172,8 +177,8 @@ def make_plan(request: PlanRequest, footprint: Footprint, notes: tuple[str, ...]
             f"{request.model}: {format_size(limit)} is too small: dense weights {format_size(weights)}, "
             f"key/value cache {format_size(plan.kv)}, process and buffers "
             f"{format_size(plan.fixed - weights - plan.kv)}; the smallest budget that works is "
-            f"{smallest / MIB:.0f}MiB (a shorter --ctx-size or --precision int4 needs less)",
-            smallest,
+            f"{plan.smallest_advised >> 20}MiB (a shorter --ctx-size or --precision int4 needs less)",
+            plan.smallest_advised,
         )
     counts = _fill(footprint, limit - plan.fixed)
     return _warn_small(_with_slots(plan, footprint, counts), footprint)

@@ -8,6 +8,6 @@ from tqdm import tqdm
 
 @contextmanager
 def layer_bar(layers: int, show: bool, title: str = "converting") -> Iterator[Callable[[], object]]:
-    """Yield a function to call after each layer; the bar goes to stderr."""
-    with tqdm(total=layers, desc=title, unit="layer", disable=not show) as bar:
+    """Yield a function to call after each layer; the bar goes to stderr if that is a terminal."""
+    with tqdm(total=layers, desc=title, unit="layer", disable=None if show else True) as bar:
         yield lambda: bar.update(1)
