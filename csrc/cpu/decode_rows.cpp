@@ -32,10 +32,11 @@ void ActivationRows::add_reader(const Matrix& w) {
     if (!needs_int8_activations(w.format)) return;
     const int group = activation_group(w);
     for (const Form& form : forms_)
-        if (form.group == group) return;
+        if (form.group == group && form.columns == w.cols) return;
     Form form;
     form.group = group;
-    form.padded = (columns_ + group - 1) / group * group;
+    form.columns = w.cols;
+    form.padded = (w.cols + group - 1) / group * group;
     forms_.push_back(std::move(form));
 }
 
@@ -49,10 +50,11 @@ void ActivationRows::set_rows(int rows) {
     }
 }
 
-void ActivationRows::quantize(int t, int block_index) {
+void ActivationRows::quantize(int t, int block_index, int columns) {
     const int begin = block_index * block;
-    const int count = std::min(block, columns_ - begin);
+    const int count = std::min(block, columns - begin);
     for (Form& form : forms_) {
+        if (form.columns != columns) continue;
         const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(t) * form.padded + begin;
         const std::ptrdiff_t group_at = at / form.group;
         kernels().quantize_rows(row(t) + begin, stride_, 1, count, form.group, std::min(block, form.padded - begin),
@@ -63,7 +65,7 @@ void ActivationRows::quantize(int t, int block_index) {
 void ActivationRows::quantize(Team team) {
     if (forms_.empty()) return;
     const Range mine = share(rows_ * blocks(), 1, team.worker, team.workers);
-    for (int i = mine.begin; i < mine.end; ++i) quantize(i / blocks(), i % blocks());
+    for (int i = mine.begin; i < mine.end; ++i) quantize(i / blocks(), i % blocks(), columns_);
 }
 
 Activations ActivationRows::as(const Matrix& w) const {
@@ -71,10 +73,10 @@ Activations ActivationRows::as(const Matrix& w) const {
     a.x = x_.data();
     a.stride = stride_;
     a.tokens = rows_;
-    a.cols = columns_;
+    a.cols = w.cols;
     if (!needs_int8_activations(w.format)) return a;
     for (const Form& form : forms_) {
-        if (form.group != activation_group(w)) continue;
+        if (form.group != activation_group(w) || form.columns != w.cols) continue;
         a.group = form.group;
         a.padded = form.padded;
         a.q = form.q.data();

@@ -28,7 +28,7 @@ public:
     static constexpr int block = 128;
 
     void set_columns(int columns);
-    // Call once for each matrix that reads these rows.
+    // Call once for each matrix that reads these rows, or the first of their columns.
     void add_reader(const Matrix& w);
     void set_rows(int rows);
 
@@ -38,15 +38,15 @@ public:
     int rows() const { return rows_; }
     int columns() const { return columns_; }
     int blocks() const { return (columns_ + block - 1) / block; }
-    // Makes the int8 forms of one block of columns of one row.
-    void quantize(int t, int block_index);
-    // Makes those of this worker's share of all rows.
+    // Makes the int8 forms of one block of columns of one row, for matrices that read so many columns.
+    void quantize(int t, int block_index, int columns);
+    // Makes those of this worker's share of all rows, for matrices that read all columns.
     void quantize(Team team);
     Activations as(const Matrix& w) const;
 
 private:
     struct Form {
-        int group = 0, padded = 0;
+        int group = 0, columns = 0, padded = 0;
         std::vector<std::int8_t> q;
         std::vector<float> scale;
         std::vector<std::int32_t> sum;

@@ -50,6 +50,7 @@ Decoder::Decoder(DecoderSpec spec) : spec_(std::move(spec)) {
         if (!layer.mlp) continue;
         normed_.add_reader(layer.mlp->gate.matrix);
         normed_.add_reader(layer.mlp->up.matrix);
+        acted_.add_reader(layer.mlp->down.matrix);
     }
     normed_.add_reader(spec_.head.matrix);
     count_routed();
@@ -162,7 +163,7 @@ void Decoder::normalise(const Norm& norm, Team team) {
         known = t;
         const int count = std::min(ActivationRows::block, spec_.hidden - begin);
         scale_by_norm(norm, x_.row(t) + begin, inverse, begin, count, normed_.row(t) + begin);
-        normed_.quantize(t, i % blocks);
+        normed_.quantize(t, i % blocks, spec_.hidden);
     }
     barrier();
 }
@@ -333,7 +334,7 @@ void Decoder::network(int layer, Team team) {
             const float* gate = gate_up_.data() + std::ptrdiff_t{t} * 2 * width + begin;
             const int n = std::min(ActivationRows::block, width - begin);
             kernels().rows.gate(l.mlp->activation, gate, gate + width, 1, acted_.row(t) + begin, n);
-            acted_.quantize(t, i % blocks);
+            acted_.quantize(t, i % blocks, width);
         }
         barrier();
         float* residual = l.router ? nullptr : x_.data();

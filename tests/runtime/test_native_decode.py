@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from gangline.formats import get_codec
 from gangline.kernels.cpu import native
 from gangline.kernels.cpu.native_kernel import NativeKernel
+from gangline.kernels.cpu.packed_linear import PackedLinear
 from gangline.kernels.grouping import group_by_expert
 from gangline.kernels.sums import accumulate
 from gangline.models import MoEView, expert_math, expert_tensors, find_moe, resident_forward, stored_fields
@@ -127,6 +129,28 @@ def test_generates_what_the_modules_generate(family: str, seed: int) -> None:
     theirs = generate(model, inputs)
     assert torch.equal(ours.sequences, theirs.sequences)
     assert difference(ours.logits, theirs.logits) < 1e-4
+
+
+@pytest.mark.parametrize("codec", ["tile16:int8g32", "tile16:int4g64z"])
+@pytest.mark.parametrize("family", [*DEMANDED, "glm4_moe", "gpt_oss"])
+def test_packed_dense_weights(family: str, codec: str, seed: int) -> None:
+    model = tiny_model(family, seed=seed)
+    linears = {
+        n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear and "shared_expert_gate" not in n
+    }
+    for name, linear in linears.items():
+        raw = get_codec(codec).encode(linear.weight.detach())
+        packed = PackedLinear(raw, codec, linear.in_features, linear.out_features, linear.bias)
+        model.set_submodule(name, packed)
+    view = find_moe(model)
+    step = enable_native_decode(model, view, ModuleExperts(view))
+    assert step is not None
+    inputs = prompt()
+    ours = generate(model, inputs, max_new_tokens=8)
+    assert step.steps == 7
+    step.enabled = False
+    # Now and then an activation lies on the border between two of its int8 steps.
+    assert difference(ours.logits[1:2], generate(model, inputs, max_new_tokens=8).logits[1:2]) < 5e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
