@@ -68,7 +68,8 @@ def speed(slots, codec="bf16", profile=PROFILE):
 
 def test_with_everything_in_memory_only_computing_counts():
     found = speed(LAYERS * EXPERTS)
-    seconds = LAYERS * (TOP_K * (PARAMS * 1e-9 + 1e-5) + 1e-4) + 2 * (1 << 20) * 2 / 8e9
+    # torch's product is the faster one here
+    seconds = LAYERS * (TOP_K * (PARAMS * 1e-9 + 1e-5) + 1e-4) + 2 * (1 << 20) * 2.5e-10
     assert found["compute_seconds"] == pytest.approx(seconds)
     low, high = found["decode_tokens_per_second"]
     assert low < 1 / seconds < high

@@ -88,7 +88,7 @@ def _decode_cost(footprint: Footprint, profile: MachineProfile) -> _Cost:
     layers = footprint.geometry.layers
     weights = sum(layer.top_k * layer.expert_params for layer in layers)
     per_expert = profile.layer_cost.expert * footprint.geometry.active_experts
-    dense = (footprint.row_params + footprint.head_params) * _dense_seconds(profile, footprint.width, 1)
+    dense = (footprint.row_params + footprint.head_params) * _dense_row(profile, footprint.width)
     dense += _packed_cost(footprint, profile, footprint.packed + footprint.packed_head, 1)
     return _Cost(
         experts=weights * _expert_seconds(profile, footprint.codecs, 1) + per_expert,
@@ -111,6 +111,15 @@ def _prompt_cost(footprint: Footprint, profile: MachineProfile, rows: int) -> _C
 def _packed_cost(footprint: Footprint, profile: MachineProfile, weights: int, rows: int) -> float:
     """Seconds of packed linear layers, which the experts' kernels compute as well."""
     return weights * _expert_seconds(profile, (footprint.packed_codec,), rows) if weights else 0.0
+
+
+def _dense_row(profile: MachineProfile, width: int) -> float:
+    """Seconds per weight of a dense matrix for one row: torch's product, or the kernels' where they are faster.
+
+    A decoded token goes through the native core where it knows the model, with the kernels of the experts.
+    """
+    codec = {2: "bf16", 4: "fp32"}[width]
+    return min(_dense_seconds(profile, width, 1), _expert_seconds(profile, (codec,), 1))
 
 
 def _dense_seconds(profile: MachineProfile, width: int, rows: int) -> float:
