@@ -114,11 +114,11 @@ def _packed_cost(footprint: Footprint, profile: MachineProfile, weights: int, ro
 
 
 def _dense_row(profile: MachineProfile, width: int) -> float:
-    """Seconds per weight of a dense matrix for one row: torch's product, or the kernels' where they are faster.
+    """Seconds per weight of a dense matrix for one row: of torch's product, or of the faster kernels.
 
     A decoded token goes through the native core where it knows the model, with the kernels of the experts.
     """
-    codec = {2: "bf16", 4: "fp32"}[width]
+    codec = "bf16" if width == 2 else "fp32"
     return min(_dense_seconds(profile, width, 1), _expert_seconds(profile, (codec,), 1))
 
 
