@@ -16,6 +16,9 @@
 #include <pthread.h>
 #include <csignal>
 #endif
+#if defined(__linux__)
+#include <sched.h>
+#endif
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #endif
@@ -76,6 +79,47 @@ int all_cores() {
     return cores == 0 ? 1 : static_cast<int>(cores);
 }
 
+// Keeps workers off each other's processors. A scheduler may leave two threads that wait for each other on one processor
+// beside an idle one for seconds: neither is ever asleep long enough to be placed anew.
+class Places {
+public:
+    void resize(int threads) { taken_ = std::vector<std::atomic<int>>(static_cast<std::size_t>(threads)); }
+
+    void note_caller() { taken_[0].store(here(), std::memory_order_relaxed); }
+
+    // Moves the calling worker when the caller, or a worker before it, runs where it does; later moves stay free.
+    void settle(int worker) {
+#if defined(__linux__)
+        const int mine = here();
+        bool shared = false;
+        for (int w = 0; w < worker; ++w) shared |= taken_[static_cast<std::size_t>(w)].load(std::memory_order_relaxed) == mine;
+        if (shared) move(worker);
+#endif
+        taken_[static_cast<std::size_t>(worker)].store(here(), std::memory_order_relaxed);
+    }
+
+private:
+#if defined(__linux__)
+    static int here() { return sched_getcpu(); }
+
+    void move(int worker) {
+        cpu_set_t allowed, free;
+        if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
+        free = allowed;
+        for (int w = 0; w < worker; ++w) {
+            const int cpu = taken_[static_cast<std::size_t>(w)].load(std::memory_order_relaxed);
+            if (cpu >= 0 && cpu < CPU_SETSIZE) CPU_CLR(cpu, &free);
+        }
+        if (CPU_COUNT(&free) == 0 || sched_setaffinity(0, sizeof(free), &free) != 0) return;
+        sched_setaffinity(0, sizeof(allowed), &allowed);
+    }
+#else
+    static int here() { return -1; }
+#endif
+
+    std::vector<std::atomic<int>> taken_;
+};
+
 class Pool {
 public:
     void set_size(int size) { wanted_.store(size < 1 ? 1 : size); }
@@ -89,6 +133,7 @@ public:
             return;
         }
         body_ = &body;
+        places_.note_caller();
         running_.store(size_ - 1, std::memory_order_relaxed);
         publish();
         body(0, size_);
@@ -123,6 +168,7 @@ private:
             stop_ = false;
         }
         size_ = size;
+        places_.resize(size);
         const BlockSignals blocked;
         for (int worker = 1; worker < size; ++worker) {
             workers_.emplace_back([this, worker, turn = turn_.load()] { work(worker, turn); });
@@ -133,6 +179,7 @@ private:
         for (;;) {
             turn = next_turn(turn);
             if (stop_) return;
+            places_.settle(worker);
             (*body_)(worker, size_);
             running_.fetch_sub(1, std::memory_order_release);
         }
@@ -159,6 +206,7 @@ private:
     bool stop_ = false;  // written by the caller before it publishes a turn
     std::vector<std::thread> workers_;
     const Body* body_ = nullptr;
+    Places places_;
     // Lines of their own: each is written while others spin on a different one.
     alignas(64) std::atomic<std::uint32_t> turn_{0};
     alignas(64) std::atomic<int> sleepers_{0};

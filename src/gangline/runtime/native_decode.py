@@ -24,6 +24,7 @@ from gangline.models import MoEView
 from gangline.runtime.native_cache import GrowingLayer, adopt_cache, growing_layers
 from gangline.runtime.native_check import check_native, embed
 from gangline.runtime.native_skeleton import native_decoder
+from gangline.runtime.torch_threads import pause_torch_threads
 
 logger = logging.getLogger(__name__)
 
@@ -196,6 +197,7 @@ class NativeDecode:
         length: int,
     ) -> MoeCausalLMOutputWithPast:
         decoder = self.decoder
+        pause_torch_threads()
         with self._lock:
             embedded_BD = embed(self._model, decoder, ids_B1)
             buffers = decoder.begin(embedded_BD, positions_B, first_B, length, layers)
