@@ -9,6 +9,7 @@ Legend: B sequences, P prompt tokens, N new tokens.
 import time
 from collections import deque
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -35,10 +36,15 @@ def require_llama_cpp() -> None:
         raise UsageError("comparing with llama.cpp needs its package: pip install llama-cpp-python")
 
 
+def _library() -> Any:
+    """Return the module of llama.cpp's C functions; typed as anything, since it may not be installed."""
+    return import_module("llama_cpp")
+
+
 @cache
 def _keep_complaints() -> Any:
     """Return the callback that keeps llama.cpp's errors and drops all else; it lives to the end."""
-    import llama_cpp
+    llama_cpp = _library()
 
     def note(level: int, text: bytes, data: Any) -> None:
         if level == _ERROR:
@@ -67,9 +73,7 @@ class LlamaCppSide:
     """
 
     def __init__(self, gguf: str, *, threads: int, batch: int, context: int, repack: bool = True) -> None:
-        import llama_cpp
-
-        self._c: Any = llama_cpp
+        llama_cpp = self._c = _library()
         self._c.llama_log_set(_keep_complaints(), None)
         _complaints.clear()
         self._c.llama_backend_init()
