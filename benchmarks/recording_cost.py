@@ -1,6 +1,7 @@
 """What recording in mode `ids` costs a decoding token of `demo`, everything in memory.
 
-    python benchmarks/recording_cost.py --new-tokens 48 --repetitions 7 --out benchmarks/results/recording_cost.json
+    python benchmarks/recording_cost.py --new-tokens 48 --repetitions 7 \
+        --out benchmarks/results/recording_cost.json
 
 "in the recorder": processor time spent inside the recorder's own calls per token, writing included, and its
 share of the processor time of a token that is decoded without it, in turns: what an engine pays that tells

@@ -60,8 +60,9 @@ def record_routing(model: Any, names: list[str], batch: int) -> Iterator[dict[st
     calls: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in names}
     runtime = getattr(model, "gangline", None)
     if runtime is not None:  # hooks would keep our native decode step away from the run
+        joined: dict[str, LayerRouting] = {}
         with runtime.observed(lambda layer, *event: calls[names[layer]].append(_kept(*event))):
-            yield (joined := {})
+            yield joined
         joined |= _all_joined(calls, batch)
         return
     handles = [

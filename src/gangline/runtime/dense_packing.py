@@ -22,8 +22,8 @@ from gangline.runtime.footprint import Footprint
 _FEWEST_ROWS = 16
 
 
-# An output head of 4 bits costs more quality than its bytes are worth; llama.cpp's files of 4 bits keep it at 6
-# to 8 as well.
+# An output head of 4 bits costs more quality than its bytes are worth; llama.cpp's files of 4 bits keep it
+# at 6 to 8 as well.
 HEAD_CODEC = "tile16:int8g32"
 
 
@@ -39,9 +39,9 @@ def packable_linears(model: nn.Module, view: MoEView) -> Iterator[tuple[str, nn.
     }
     language = _language_modules(model)
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and id(module) in language and id(module) not in routers:
-            if module.out_features >= _FEWEST_ROWS:
-                yield name, module
+        wanted = id(module) in language and id(module) not in routers
+        if wanted and type(module) is nn.Linear and module.out_features >= _FEWEST_ROWS:
+            yield name, module
 
 
 def with_packed_linears(footprint: Footprint, model: nn.Module, view: MoEView, codec: str) -> Footprint:

@@ -103,7 +103,7 @@ class Engine:
 
     @property
     def observed(self) -> bool:
-        """Whether somebody wants to see each event's inputs, so that no layer may be computed out of sight."""
+        """Whether somebody wants to see each event, so that no layer may be computed out of sight."""
         return self.observer is not None
 
     def _count_step(self, layer: int) -> None:

@@ -1,9 +1,8 @@
 """Send torch's idle threads to sleep before the native core computes.
 
-torch's OpenMP threads (libgomp) spin for milliseconds after every parallel operation, waiting for the next one. On
-a machine with as many threads as cores they hold the cores that the native core's threads want: decoding OLMoE's
-shape on two cores ran at 26 instead of 38 tokens/s. OpenMP 5.0 lets a program give the threads back; the next
-parallel operation starts new ones, which takes some tens of microseconds.
+torch's OpenMP threads (libgomp) spin for milliseconds after every parallel operation, waiting for the next one.
+On a machine with as many threads as cores they hold the cores that the native core's threads want. OpenMP 5.0
+lets a program give the threads back; the next parallel operation starts new ones.
 """
 
 import ctypes

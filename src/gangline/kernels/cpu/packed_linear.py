@@ -18,8 +18,8 @@ _NATIVE_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "
 class PackedLinear(nn.Module):
     """``y = x W^T + b`` with ``W`` in the bytes of a codec.
 
-    With the native core, ``x`` is rounded to int8 in the codec's groups and multiplied with the packed weights
-    where they lie; without it, ``W`` is decoded for every call.
+    With the native core, ``x`` is rounded to int8 in the codec's groups and multiplied with the packed
+    weights where they lie; without it, ``W`` is decoded for every call.
 
     Attributes:
         raw: encoded weights, uint8, one dimension.
@@ -27,6 +27,9 @@ class PackedLinear(nn.Module):
         bias: ``[O]`` in fp32, or None.
         matrix: the native core's view of ``raw``, or None.
     """
+
+    raw: Tensor
+    bias: Tensor | None
 
     def __init__(
         self, raw: Tensor, codec: str, in_features: int, out_features: int, bias: Tensor | None
@@ -43,8 +46,7 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weights ``[O, I]`` in fp32, decoded; some models read ``weight.dtype`` or its device."""
-        raw: Tensor = self.raw
-        return get_codec(self.codec).decode(raw, (self.out_features, self.in_features), torch.float32)
+        return get_codec(self.codec).decode(self.raw, (self.out_features, self.in_features), torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``[..., O]`` in the dtype of ``x`` ``[..., I]``."""
