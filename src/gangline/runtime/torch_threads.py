@@ -1,8 +1,8 @@
 """Send torch's idle threads to sleep before the native core computes.
 
-torch's OpenMP threads (libgomp) spin for milliseconds after every parallel operation, waiting for the next one.
-On a machine with as many threads as cores they hold the cores that the native core's threads want. OpenMP 5.0
-lets a program give the threads back; the next parallel operation starts new ones.
+torch's OpenMP threads (libgomp) spin for milliseconds after every parallel operation, waiting for the next.
+On a machine with as many threads as cores they hold the cores that the native core's threads want. OpenMP
+5.0 lets a program give the threads back; the next parallel operation starts new ones.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ def pause_torch_threads() -> None:
 
 @cache
 def _pause() -> Callable[[int], object]:
-    """Return ``omp_pause_resource_all`` of the libgomp that torch has loaded, or a function that does nothing."""
+    """Return ``omp_pause_resource_all`` of the libgomp that torch loaded, or a function that does nothing."""
     if _MAPS.is_file() and not any(name in os.environ for name in _WAITING):
         for line in _MAPS.read_text(encoding="utf-8", errors="replace").splitlines():
             path = line.split(maxsplit=5)[-1]
