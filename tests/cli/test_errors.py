@@ -189,7 +189,9 @@ def test_no_colour_off_a_terminal():
 
 def test_interrupt_is_one_line():
     code = (
-        "import time, gangline.cli.cmd_cache as c\n"
+        "import signal, time, gangline.cli.cmd_cache as c\n"
+        # A shell starts its background jobs, and so perhaps these tests, with interrupts ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def slow(): print('ready', flush=True); time.sleep(60)\n"
         "c.entries = slow\n"
         "from gangline.cli.main import app; app(['cache', 'ls'])\n"
