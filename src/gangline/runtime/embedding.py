@@ -1,9 +1,9 @@
 """The input embedding left in the checkpoint's file: only a bounded part of it is ever resident.
 
 transformers maps a dense weight that needs no conversion, so a row becomes resident when a token looks it up,
-and with it whatever the kernel maps along: measured on Linux 6.18, the whole 2 MiB folio of the page cache. A
-prompt of 512 random tokens so made 350 MiB of a 593 MiB embedding resident. Rows are therefore looked up in
-the order of the file, a part of it at a time, and each part's pages are given back before the next.
+and with it whatever the kernel maps along, on recent Linux up to the whole 2 MiB folio of the page cache: a
+prompt of some hundred tokens can make half of a large embedding resident. Rows are therefore looked up in the
+order of the file, a part of it at a time, and each part's pages are given back before the next.
 
 Shape suffixes: V vocabulary, D hidden, U different tokens.
 """

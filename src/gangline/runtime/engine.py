@@ -3,7 +3,7 @@
 Shape suffixes: T tokens, K chosen experts per token, P pairs, D hidden.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,9 @@ from gangline.runtime.store import EventLease, ExpertStore
 _DENSE_PAIRS_PER_EXPERT = 2
 # Experts of one call for a prompt: enough work for all threads, few enough outputs to hold.
 _RUN_EXPERTS = 8
+# Pairs of one call for each row of a prompt: the memory plan counts their outputs. Where all rows choose the
+# same experts, a run is cut.
+_RUN_PAIRS_PER_ROW = 2
 
 
 Observer = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -45,6 +48,18 @@ class ExpertKernel(Protocol):
 
         The pairs of ``experts[i]``, whose bound matrices are ``weights[i]``, are ``starts[i]:starts[i + 1]``.
         """
+
+
+def runs_within(counts: Sequence[int], pairs: int) -> Iterator[tuple[int, int]]:
+    """Cut experts into runs ``first:last`` of at most so many pairs; one with more is a run of its own."""
+    first = total = 0
+    for index, count in enumerate(counts):
+        if index > first and total + count > pairs:
+            yield first, index
+            first, total = index, 0
+        total += count
+    if first < len(counts):
+        yield first, len(counts)
 
 
 class Engine:
@@ -133,10 +148,12 @@ class Engine:
         kernel, index = self._kernels[event.layer], 0
         with self._store.lease(event, in_order=True) as lease:
             for batch in lease.batches(_RUN_EXPERTS):
-                part = grouping.part(index, index + len(batch))
-                weights = [bound for _, bound in batch]
-                y_PD = kernel.pairs(x_TD, part.token_P, part.starts, weights, part.experts)
-                accumulate(y_PD, part, out_TD)
+                counts = event.counts[index : index + len(batch)]
+                for first, last in runs_within(counts, _RUN_PAIRS_PER_ROW * len(x_TD)):
+                    part = grouping.part(index + first, index + last)
+                    weights = [bound for _, bound in batch[first:last]]
+                    y_PD = kernel.pairs(x_TD, part.token_P, part.starts, weights, part.experts)
+                    accumulate(y_PD, part, out_TD)
                 index += len(batch)
                 self._prefetch_next_layer(event, lease)
 
