@@ -279,7 +279,8 @@ inline bool encode_mx(const Columns& w, Integers& exponent, Words& words) {
     Integers next;
     for (int l = 0; l < lanes; ++l) {
         const float peak = larger(-low.v[l], high.v[l]);
-        const std::int32_t field = static_cast<std::int32_t>(std::bit_cast<std::uint32_t>(peak) >> 23) - 2;
+        // As a signed number, so that the sign of -0 counts as less than every exponent.
+        const std::int32_t field = (std::bit_cast<std::int32_t>(peak) >> 23) - 2;
         exponent.v[l] = field > 2 ? field : 2;
         next.v[l] = exponent.v[l] + 1;
     }

@@ -61,6 +61,17 @@ def test_bytes_are_those_of_the_codec(
     assert torch.equal(encoder.encode(weight, name), get_codec(name).encode(weight))
 
 
+@pytest.mark.parametrize("kernels", core.usable_kernels())
+@pytest.mark.parametrize("name", TILED)
+def test_the_sign_of_zero_changes_no_byte(name: str, kernels: str) -> None:
+    core.use_kernels(kernels)
+    zeros = torch.zeros(17, 40)
+    expected = get_codec(name).encode(zeros)
+    for weight in (zeros, -zeros, torch.where(torch.rand(17, 40) < 0.5, zeros, -zeros)):
+        assert torch.equal(encoder.encode(weight, name), expected)
+        assert torch.equal(get_codec(name).encode(weight), expected)
+
+
 @pytest.mark.parametrize("name", ["tile16:int2g32", "tile16:int3g64z", "tile16:int4g64", "tile16:int8g128"])
 def test_a_hundred_thousand_weights_agree_on_every_table(name: str, seed: int) -> None:
     weight = torch.randn(256, 512) * torch.rand(256, 1)
