@@ -195,7 +195,7 @@ def half_memory(args: argparse.Namespace) -> list[Row]:
             if run is None:
                 raise SystemExit(f"half-memory: {side} did not come to an end in {format_size(memory)}")
             done.append(run)
-    disk = max(run.disk.best for done in runs.values() for run in done)
+    disk = offload_vs_peers.most_shown(run for done in runs.values() for run in done)
     name = f"{args.olmoe} int4 in {format_size(memory)}"
     return offload_vs_peers.compare_sides(runs["ours"], "llamacpp", runs["llamacpp"], name, disk)
 
