@@ -1,8 +1,8 @@
 """Quantized matrices into tiles without a change: the same codes and scales in another order.
 
-What decodes to the same fp32 weights, bit for bit, has a tile form: ``int{b}g{n}``, ``mxfp4``, and the ggml
-blocks ``Q4_0``, ``Q8_0`` and ``MXFP4``. The others have not: their scales are of another kind (``Q4_1`` adds
-an fp16 minimum, the K types scale their scales).
+What decodes to the same fp32 weights, bit for bit, has a tile form: ``int{b}g{n}``, ``mxfp4``, ``samoyeds:``,
+and the ggml blocks ``Q4_0``, ``Q8_0`` and ``MXFP4``. The others have not: their scales are of another kind
+(``Q4_1`` adds an fp16 minimum, the K types scale their scales).
 
 Shapes: O rows, I columns, G groups of a row, N blocks of the whole matrix, B bytes of a block, Q quads (four
 neighbouring columns), W 32-bit words, R row blocks of S = 16 rows.
@@ -19,6 +19,7 @@ from gangline.formats.ggml_blocks import bytes_of
 from gangline.formats.grouped import GroupedCodec
 from gangline.formats.mx import BLOCK, MXFP4Codec
 from gangline.formats.registry import get_codec
+from gangline.formats.samoyeds import SparseCodec
 from gangline.formats.tile_layout import ROWS, row_blocks
 from gangline.formats.tiled import TiledCodec
 
@@ -33,6 +34,8 @@ def tile_form(codec: str) -> str | None:
     """Name of the tile codec that holds what ``codec`` holds, exactly; None if there is none."""
     if codec in _GGML:
         return _GGML[codec]
+    if codec.startswith("samoyeds:"):
+        return codec.replace(":", "16:", 1)
     return f"tile16:{codec}" if isinstance(get_codec(codec), GroupedCodec | MXFP4Codec) else None
 
 
@@ -49,6 +52,8 @@ def retile(raw: Tensor, shape: Shape, codec: str) -> tuple[str, Tensor] | None:
     if name is None:
         return None
     source, target = get_codec(codec), get_codec(name)
+    if isinstance(source, SparseCodec) and isinstance(target, SparseCodec):
+        return name, target.write(source.read(raw, shape), shape)
     assert isinstance(target, TiledCodec)
     raw = check_raw(codec, raw, shape, source.nbytes(shape))
     out = torch.zeros(target.nbytes(shape), dtype=torch.uint8, device=raw.device)
