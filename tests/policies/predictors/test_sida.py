@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gangline.core.errors import UsageError
 from gangline.policies.predictors.sida import (
     HashFunction,
     SidaPredictor,
@@ -56,6 +57,32 @@ def test_causal_network_ignores_what_comes_later(seed):
     y[:, 5:] += 3
     torch.testing.assert_close(causal(x)[0][:, :5], causal(y)[0][:, :5])
     assert whole(x)[0].shape == (1, 7, 4)
+
+
+def test_a_text_in_pieces_is_the_same_text(seed):
+    """Going on from the state gives what the whole text gives, whatever the cuts."""
+    network, x = HashFunction(6, [4, 5], 8), torch.randn(2, 9, 6)
+    whole, state, pieces = network(x), None, []
+    for first, last in ((0, 4), (4, 5), (5, 6), (6, 9)):
+        logits, state = network.resume(x[:, first:last], state)
+        pieces.append(logits)
+        assert state.tokens == last
+    for layer, expected in enumerate(whole):
+        torch.testing.assert_close(torch.cat([piece[layer] for piece in pieces], dim=1), expected)
+    with pytest.raises(UsageError, match="not causal"):
+        HashFunction(6, [4], 8, causal=False).resume(x, state)
+
+
+def test_hints_while_decoding_know_the_text_before(seed):
+    network, x = HashFunction(6, [16], 8), torch.randn(5, 6)
+    predictor = SidaPredictor(network, 3)
+    predictor.on_request(0, [1] * 4, x[:4])
+    (after,) = predictor.on_request(1, [1], x[4:])
+    table = build_table(network, x[None], 3)
+    assert list(after.experts) == table.ids[0][0, -1].tolist()
+    predictor.end_request()
+    (alone,) = predictor.on_request(2, [1], x[4:])
+    assert list(alone.experts) == build_table(network, x[None, 4:], 3).ids[0][0, 0].tolist()
 
 
 def test_distillation_is_truncated(seed):

@@ -102,6 +102,8 @@ class ExpertFlowPredictor(Predictor):
         network: a trained routing path predictor.
     """
 
+    needs = frozenset({"token_ids"})
+
     def __init__(self, network: RoutingPathPredictor) -> None:
         self.network = network
 

@@ -81,6 +81,7 @@ class PreGatePredictor(NextGate):
 
             return scores
 
+        self.pregates = pregates
         first: list[Callable[[Any], Any]] = [lambda x_TD: x_TD]  # block 0 is never asked for
         super().__init__(first + [gate(block) for block in range(len(pregates.gates))], 1, top_k)
 

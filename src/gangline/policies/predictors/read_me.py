@@ -115,6 +115,8 @@ class DecoupledRouterPredictor(Predictor):
         top_k: experts per token.
     """
 
+    needs = frozenset({"token_ids"})
+
     def __init__(self, router: DecoupledRouter, top_k: int) -> None:
         self.router, self.top_k = router, top_k
 

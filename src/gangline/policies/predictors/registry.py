@@ -1,7 +1,7 @@
 """Predictors by name: ``make_predictor("trace-matching", geometry=geometry, capacity=500)``.
 
-Learned predictors (``sida``, ``expertflow``, ``pre-gate``, ``read-me``) take their trained ``network``;
-their modules are imported only when asked for, because they need torch.
+Learned predictors (``sida``, ``expertflow``, ``pre-gate``, ``read-me``) take their trained ``network``,
+``token-id`` may; their modules are imported only when asked for, because they need torch.
 """
 
 import inspect
@@ -59,11 +59,18 @@ def _read_me(g: MoEGeometry, network: Any) -> Predictor:
     return DecoupledRouterPredictor(network, _top_k(g))
 
 
+def _token_id(g: MoEGeometry, prior: float = 1.0, network: Any = None) -> Predictor:
+    if network is None:
+        return TokenStatistics(_experts(g), prior)
+    found: Predictor = network.statistics()
+    return found
+
+
 PREDICTORS: dict[str, Callable[..., Predictor]] = {
     "none": lambda g: Silent(),
     "last-token": lambda g, ahead=1: LastToken(len(g.layers), ahead),
     "popularity": lambda g, ahead=1: Popularity(_experts(g), ahead),
-    "token-id": lambda g, prior=1.0: TokenStatistics(_experts(g), prior),
+    "token-id": _token_id,
     "trace-matching": lambda g, capacity=120, neighbours=1: TraceMatching(_experts(g), capacity, neighbours),
     "next-gate": _next_gate,
     "oracle": _oracle,

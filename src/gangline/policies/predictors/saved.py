@@ -21,7 +21,7 @@ class SavedPredictor:
     """A trained network.
 
     Attributes:
-        kind: a key of ``PREDICTORS``: ``sida``, ``expertflow``, ``pre-gate`` or ``read-me``.
+        kind: a key of ``PREDICTORS`` and of ``NETWORKS``.
         network: the torch module, in evaluation mode, fp32.
         config: the arguments that built it.
         about: where it comes from: model, trace, settings, losses; whatever the trainer wrote.
@@ -59,11 +59,18 @@ def _read_me(**config: Any) -> Any:
     return DecoupledRouter(**config)
 
 
+def _token_id(**config: Any) -> Any:
+    from gangline.policies.predictors.token_table import TokenTable
+
+    return TokenTable(**config)
+
+
 NETWORKS: dict[str, Callable[..., Any]] = {
     "sida": _sida,
     "expertflow": _expertflow,
     "pre-gate": _pre_gate,
     "read-me": _read_me,
+    "token-id": _token_id,
 }
 """How each kind is built from its ``config`` (``pre-gate``: the shapes ``[E, D]`` of blocks 1 and on)."""
 

@@ -10,7 +10,8 @@ We differ in three points. SparseMax is the exact projection onto the simplex; t
 twice, so that its rows sum to 2 before they are normalised. For decoder-only models the attention is causal.
 And the prediction is a hint by default; :class:`HashTable` holds what the paper's own mode executes.
 
-Shape suffixes: B sequences, T tokens, D embedding, H hidden, L MoE layers, E experts, K choices.
+Shape suffixes: B sequences, T tokens, S those and the ones before, D embedding, H hidden, L MoE layers,
+E experts, K choices.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gangline.core.errors import UsageError
 from gangline.core.forecast import Forecast
 from gangline.policies.predictors.fitting import Progress, fit
 from gangline.policies.predictors.protocol import Predictor
@@ -39,6 +41,24 @@ def sparsemax(z: Tensor) -> Tensor:
     support = (finite & (1 + rank * sorted_z > total)).sum(dim=-1, keepdim=True)
     tau = (total.gather(-1, support - 1) - 1) / support
     return torch.clamp(z - tau, min=0)
+
+
+@dataclass(frozen=True)
+class HashState:
+    """What a causal hash function remembers of a text, so that it can go on with the next tokens.
+
+    Attributes:
+        lstm: hidden and cell state, ``[2, B, H]`` each.
+        y_BTH: the LSTM's outputs so far, to which the attention looks back.
+    """
+
+    lstm: tuple[Tensor, Tensor]
+    y_BTH: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read so far."""
+        return self.y_BTH.shape[1]
 
 
 class HashFunction(nn.Module):
@@ -63,14 +83,26 @@ class HashFunction(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> list[Tensor]:
         """Return router logits ``[B, T, E]`` of each layer."""
+        return self.resume(x_BTD)[0]
+
+    def resume(self, x_BTD: Tensor, state: HashState | None = None) -> tuple[list[Tensor], HashState]:
+        """Return the logits of tokens that follow those of ``state``, and the state after them.
+
+        Raises:
+            UsageError: a state is given to a network that also looks at later tokens.
+        """
+        if state is not None and not self.causal:
+            raise UsageError("a hash function that is not causal reads whole texts; call it without a state")
         h_BTH = functional.relu(self.compress(x_BTD))
-        y_BTH, _ = self.lstm(h_BTH)
-        score_BTT = y_BTH @ y_BTH.transpose(1, 2)
+        new_BTH, lstm = self.lstm(h_BTH, None if state is None else state.lstm)
+        y_BSH = new_BTH if state is None else torch.cat([state.y_BTH, new_BTH], dim=1)
+        score_BTS = new_BTH @ y_BSH.transpose(1, 2)
         if self.causal:
-            future_TT = torch.ones_like(score_BTT[0], dtype=torch.bool).triu(1)
-            score_BTT = score_BTT.masked_fill(future_TT, float("-inf"))
-        context_BTH = sparsemax(score_BTT) @ y_BTH + self.residual(h_BTH)
-        return [head(context_BTH) for head in self.heads]
+            past = y_BSH.shape[1] - new_BTH.shape[1]
+            future_TS = torch.ones_like(score_BTS[0], dtype=torch.bool).triu(past + 1)
+            score_BTS = score_BTS.masked_fill(future_TS, float("-inf"))
+        context_BTH = sparsemax(score_BTS) @ y_BSH + self.residual(h_BTH)
+        return [head(context_BTH) for head in self.heads], HashState(lstm, y_BSH)
 
 
 def truncated_distillation(student_XE: Tensor, teacher_XE: Tensor, top: int) -> Tensor:
@@ -147,11 +179,16 @@ class HashTable:
         return [int(e) for e in self.ids[layer].unique()]
 
 
+def top_choices(logits: Sequence[Tensor], top_k: int) -> HashTable:
+    """Return the K likeliest experts of each layer's logits ``[B, T, E]``."""
+    best = [z_BTE.softmax(-1).topk(min(top_k, z_BTE.shape[-1]), dim=-1) for z_BTE in logits]
+    return HashTable([b.indices for b in best], [b.values for b in best])
+
+
 @torch.no_grad()
 def build_table(network: HashFunction, x_BTD: Tensor, top_k: int) -> HashTable:
     """Return the table of a batch (the paper: K = 1 for SST2, 3 for MRPC and MultiRC)."""
-    best = [logits.softmax(-1).topk(min(top_k, logits.shape[-1]), dim=-1) for logits in network(x_BTD)]
-    return HashTable([b.indices for b in best], [b.values for b in best])
+    return top_choices(network(x_BTD), top_k)
 
 
 def hash_hits(table: HashTable, teacher: Sequence[Tensor]) -> list[float]:
@@ -165,8 +202,8 @@ def hash_hits(table: HashTable, teacher: Sequence[Tensor]) -> list[float]:
 class SidaPredictor(Predictor):
     """The hash function as a hint: forecasts all layers of a pass from its embeddings.
 
-    In decoding only the token just sampled is known, so each pass is predicted from the tokens given to it;
-    the state of the LSTM over earlier tokens is not carried over.
+    In decoding only the token just sampled is known; a causal network goes on from its state, so it has read
+    the text before it. A pass of several tokens begins a new text.
 
     Args:
         network: a trained hash function.
@@ -175,15 +212,23 @@ class SidaPredictor(Predictor):
 
     def __init__(self, network: HashFunction, top_k: int) -> None:
         self.network, self.top_k = network, top_k
+        self._state: HashState | None = None
 
+    @torch.no_grad()
     def on_request(self, step: int, token_ids: Sequence[int], embeddings_TD: Any = None) -> list[Forecast]:
         """Forecast every layer; nothing without embeddings. Probability is the mean over tokens."""
         if embeddings_TD is None or not len(embeddings_TD):
             return []
-        x_BTD = torch.as_tensor(embeddings_TD, dtype=torch.float32).unsqueeze(0)
-        table = build_table(self.network, x_BTD, self.top_k)
+        x_1TD = torch.as_tensor(embeddings_TD, dtype=torch.float32).unsqueeze(0)
+        following = x_1TD.shape[1] == 1 and self.network.causal
+        logits, self._state = self.network.resume(x_1TD, self._state if following else None)
+        table = top_choices(logits, self.top_k)
         out = []
         for layer, (ids, values) in enumerate(zip(table.ids, table.values, strict=True)):
             p_E = torch.zeros(int(ids.max()) + 1).index_add_(0, ids.flatten(), values.flatten())
             out.append(forecast(step, layer, (p_E / len(embeddings_TD)).numpy(), layer + 1, "sida"))
         return out
+
+    def end_request(self) -> None:
+        """Forget the text."""
+        self._state = None

@@ -48,7 +48,7 @@ class TokenStatistics(Predictor):
         """Forecast every layer of pass ``step``; nothing for layers that were never counted."""
         return [
             forecast(
-                step, layer, np.mean([self._share(layer, t) for t in token_ids], 0), layer + 1, "token-id"
+                step, layer, np.mean([self.share(layer, t) for t in token_ids], 0), layer + 1, "token-id"
             )
             for layer, overall in enumerate(self._overall)
             if len(token_ids) and overall.any()
@@ -60,20 +60,42 @@ class TokenStatistics(Predictor):
             self._count(event)
         return []
 
+    def tables(self) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+        """Return for each layer the token ids that were seen, ascending, and their counts ``[N, E]``."""
+        out = []
+        for counts, experts in zip(self._by_token, self.experts, strict=True):
+            tokens = sorted(counts)
+            rows = [counts[token] for token in tokens]
+            out.append((np.array(tokens, dtype=np.int64), np.array(rows).reshape(len(tokens), experts)))
+        return out
+
+    def restore(self, layer: int, tokens_N: NDArray[np.int64], counts_NE: NDArray[np.float64]) -> None:
+        """Take up what :meth:`tables` returned for a layer."""
+        rows = zip(tokens_N.tolist(), counts_NE.astype(np.float64), strict=True)
+        self._by_token[layer] = dict(rows)
+        self._overall[layer] = counts_NE.sum(axis=0, dtype=np.float64)
+
     def _count(self, event: RoutingEvent) -> None:
         detail = event.detail
         if detail is None or detail.ids_TK is None or detail.token_ids_T is None:
             raise UsageError(
                 "token-id statistics need the ids of tokens and their experts; record the trace in mode ids"
             )
-        overall, by_token = self._overall[event.layer], self._by_token[event.layer]
-        for token, ids_K in zip(detail.token_ids_T.tolist(), detail.ids_TK, strict=True):
+        self.count(event.layer, detail.token_ids_T, detail.ids_TK)
+
+    def count(self, layer: int, token_ids_T: NDArray[np.integer], ids_TK: NDArray[np.integer]) -> None:
+        """Count the experts ``[T, K]`` that some tokens used in a layer."""
+        overall, by_token = self._overall[layer], self._by_token[layer]
+        for token, ids_K in zip(token_ids_T.tolist(), ids_TK, strict=True):
             counts = by_token.setdefault(token, np.zeros_like(overall))
             counts[ids_K] += 1
             overall[ids_K] += 1
 
-    def _share(self, layer: int, token: int) -> NDArray[np.float64]:
-        """Return the shares of a layer's experts for one token id, summing to 1."""
+    def share(self, layer: int, token: int) -> NDArray[np.float64]:
+        """Return the shares ``[E]`` of a layer's experts for one token id, summing to 1.
+
+        The layer must have been counted.
+        """
         overall = self._overall[layer]
         share: NDArray[np.float64] = overall / overall.sum()
         counts = self._by_token[layer].get(token)
