@@ -115,7 +115,7 @@ class Trace:
         """
         wanted = [need for need in _DETAILS if need in needs]
         layers = [self.layer(number) for number in self.layers]
-        scores = [self._scores(number) for number in self.layers] if "scores" in wanted else []
+        scores = [self.scores(number) for number in self.layers] if "scores" in wanted else []
         for need in wanted:
             self._require(need, layers)
         for rows in self.passes:
@@ -137,8 +137,8 @@ class Trace:
         if lacks:
             raise TraceError(f"{self.name} holds no {need.replace('_', ' ')}, which is needed here; {lacks}")
 
-    def _scores(self, number: int) -> Array | None:
-        """The scores of all experts, from the recorded logits and the family's rule."""
+    def scores(self, number: int) -> Array | None:
+        """Return ``[R, N]``: all experts' scores by the family's rule; None where no logits were recorded."""
         logits = self.layer(number).logits_RN
         if logits is None:
             return None
