@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
 Phase = Literal["prefill", "decode"]
 
-Need = Literal["ids", "weights", "scores", "gate_input", "token_ids", "requests", "future"]
-"""What a policy must be given beyond counts; all but ``future`` are fields of :class:`RoutingDetail`."""
+Need = Literal["ids", "weights", "scores", "gate_input", "token_ids", "requests", "embeddings", "future"]
+"""What a policy must be given beyond counts. All are fields of :class:`RoutingDetail` but ``future`` and
+``embeddings`` (of the input tokens, which predictors get once for each pass)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,14 @@
-"""Published systems as compositions of the parts in this package.
+"""Published systems as compositions of the parts in this package, and compositions of one's own as YAML.
 
 A composition is exact only if every part is. ``unlike`` says what of the system is left out so that it stays
 exact, or because it lies elsewhere.
 """
 
-from dataclasses import dataclass
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
 
 from gangline.core.errors import UsageError
 
@@ -24,6 +28,7 @@ class Composition:
         batching: a class or function of ``batching``.
         exact: whether all parts are.
         unlike: what differs from the system.
+        cache_options, predictor_options, prefetcher_options: parameters of these parts.
     """
 
     cache: str
@@ -36,6 +41,19 @@ class Composition:
     batching: str | None = None
     exact: bool = True
     unlike: str = ""
+    cache_options: Mapping[str, Any] = field(default_factory=dict)
+    predictor_options: Mapping[str, Any] = field(default_factory=dict)
+    prefetcher_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def left_out(self) -> str:
+        """What an engine with slots in memory and one user leaves out of the system, in words."""
+        notes = [self.unlike]
+        if self.scheduler is not None:
+            notes.append("its schedule needs a GPU tier: here its cache and prefetch run")
+        if self.batching is not None:
+            notes.append("its batching needs a server's queue")
+        return "; ".join(note for note in notes if note)
 
 
 COMPOSITIONS: dict[str, Composition] = {
@@ -56,6 +74,14 @@ COMPOSITIONS: dict[str, Composition] = {
     "hobbit": Composition(
         "hobbit", "global", "next-gate", 3, "FirstMissing", precision="HobbitPrecision", exact=False
     ),
+    "hobbit-exact": Composition(
+        "hobbit",
+        "global",
+        "next-gate",
+        3,
+        "FirstMissing",
+        unlike="misses always in full precision, none skipped",
+    ),
     "hybrimoe": Composition("mrs", "layer", "next-gate", 3, "ByGain", scheduler="HybriMoESchedule"),
     "fiddler": Composition("static-hot", "global", scheduler="Fiddler"),
     "freetoken": Composition("lru", "global", scheduler="FreeTokenSchedule"),
@@ -67,6 +93,9 @@ COMPOSITIONS: dict[str, Composition] = {
 }
 """Systems by name."""
 
+_PARTS = ("cache", "predictor", "prefetcher")
+_PLAIN = ("scope", "ahead", "unlike")
+
 
 def composition(name: str) -> Composition:
     """Return a composition by name.
@@ -75,6 +104,85 @@ def composition(name: str) -> Composition:
         UsageError: the name is not known.
     """
     if name not in COMPOSITIONS:
+        close = difflib.get_close_matches(name, COMPOSITIONS, n=1)
+        nearest = f" (did you mean {close[0]!r}?)" if close else ""
         known = ", ".join(sorted(COMPOSITIONS))
-        raise UsageError(f"no composition is called {name!r}; choose one of {known}")
+        raise UsageError(
+            f"no composition is called {name!r}{nearest}; choose one of {known}, or name a .yaml file"
+        )
     return COMPOSITIONS[name]
+
+
+def find_composition(text: str) -> Composition:
+    """Return a composition by name, or read it from a ``.yaml`` or ``.yml`` file.
+
+    Raises:
+        UsageError: the name is not known, or the file is no composition.
+    """
+    if text.endswith((".yaml", ".yml")):
+        return read_composition(Path(text).expanduser())
+    return composition(text)
+
+
+def read_composition(path: Path) -> Composition:
+    """Read a composition of one's own.
+
+    Keys: ``like`` (a name to begin from; default ``default``), ``cache``, ``predictor`` and ``prefetcher``
+    (a name, or a mapping with ``name`` and the part's own parameters), ``scope``, ``ahead``, ``unlike``.
+    Precision, schedules and batching cannot be changed: they are not parts that every engine has.
+
+    Raises:
+        UsageError: the file cannot be read, or has another key or a value of the wrong kind.
+    """
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path} ({error}); name a YAML file or a composition") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    keys = ("like", *_PARTS, *_PLAIN)
+    if not isinstance(data, dict) or not data:
+        raise UsageError(f"{path} must hold lines such as 'cache: lfru'; its keys are {', '.join(keys)}")
+    if unknown := [key for key in data if key not in keys]:
+        raise UsageError(f"{path}: there is no key {unknown[0]!r}; the keys are {', '.join(keys)}")
+    base = composition(str(data.get("like", "default")))
+    changes: dict[str, Any] = {key: data[key] for key in _PLAIN if key in data}
+    for part in _PARTS:
+        if part in data:
+            changes[part], changes[f"{part}_options"] = _named(path, part, data[part])
+    found = replace(base, **changes)
+    _check_kinds(path, found)
+    return found
+
+
+def _named(path: Path, part: str, value: Any) -> tuple[str | None, dict[str, Any]]:
+    """Return name and parameters of ``cache: lru`` or ``cache: {name: lfru, window: 64}``."""
+    if isinstance(value, dict):
+        options = {str(key): item for key, item in value.items()}
+        name = options.pop("name", None)
+        if not isinstance(name, str):
+            raise UsageError(f"{path}: {part} needs a name, as in '{part}: {{name: NAME, KEY: VALUE}}'")
+        return name, options
+    if value is None and part != "cache":
+        return ("none" if part == "predictor" else None), {}
+    if not isinstance(value, str):
+        raise UsageError(f"{path}: {part} must be a name or a mapping with one, not {value!r}")
+    return value, {}
+
+
+def _check_kinds(path: Path, found: Composition) -> None:
+    if found.scope not in ("layer", "global"):
+        raise UsageError(f"{path}: scope {found.scope!r} must be layer or global")
+    if found.ahead is not None and (not isinstance(found.ahead, int) or found.ahead < 1):
+        raise UsageError(f"{path}: ahead {found.ahead!r} must be a number of layers, at least 1")
+
+
+def to_dict(found: Composition) -> dict[str, Any]:
+    """Return plain data for JSON."""
+    return {item.name: _plain(getattr(found, item.name)) for item in fields(found)}
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value

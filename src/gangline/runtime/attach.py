@@ -31,6 +31,7 @@ from gangline.runtime.load import run_from_store
 from gangline.runtime.opened import codec_of, largest_reads
 from gangline.runtime.options import LoadOptions, plan_request
 from gangline.runtime.planner import DEFAULT_CONTEXT, make_plan
+from gangline.runtime.policy_choice import DEFAULT, asked_policy
 from gangline.runtime.runtime import Runtime
 
 
@@ -66,7 +67,7 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
             layer).
         options: the fields of :class:`~gangline.runtime.options.LoadOptions` that say where experts lie:
             ``memory``, ``precision``, ``ctx_size``, ``batch_tokens``, ``expert_slots``, ``cache_seed``,
-            ``io``, ``threads``.
+            ``policy``, ``predictor``, ``io``, ``threads``.
 
     Raises:
         ConformanceError, UnsupportedModelError: the model is not understood.
@@ -77,6 +78,7 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
     asked = LoadOptions(**{"progress": False, **options})
     if asked.dtype is not None or asked.revision is not None:
         raise UsageError("a built model has its dtype and revision; convert it before gangline.attach")
+    policy = asked_policy(asked.policy, asked.predictor) or DEFAULT
     if getattr(model, "gangline", None) is not None:
         raise UsageError("this model is attached already; call gangline.detach(model) first")
     view = find_moe(model)
@@ -112,7 +114,14 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
         )
         plan = make_plan(request, footprint)
         run_from_store(
-            model, view, plan, catalog, io=asked.io, cache_seed=asked.cache_seed, progress=asked.progress
+            model,
+            view,
+            plan,
+            catalog,
+            io=asked.io,
+            cache_seed=asked.cache_seed,
+            progress=asked.progress,
+            policy=policy,
         )
     except BaseException:
         _restore(dropped, folder, dtype)

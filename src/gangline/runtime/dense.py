@@ -11,13 +11,14 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from gangline.checkpoint import packed
 from gangline.core.errors import CheckpointError, UnsupportedModelError
 from gangline.models import MoEView, drop_expert_params, find_moe
 
 # What transformers 5.23 itself cannot compute: deepseek_v4 keeps some products in fp32 beside fp16 inputs.
 _CANNOT_COMPUTE = {"deepseek_v4": {torch.float16}}
 # Formats in which a checkpoint may bring its experts and whose dense weights transformers loads as they are.
-_PACKED_EXPERTS_ONLY = {"mxfp4"}
+_PACKED_EXPERTS_ONLY = {"mxfp4", packed.METHOD}
 
 
 def read_config(folder: Path, name: str) -> PreTrainedConfig:
@@ -49,7 +50,13 @@ def strip_quantization(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
     found = getattr(config, "quantization_config", None)
     if found is None:
         return config
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    entry = found if isinstance(found, dict) else vars(found)
+    method, version = entry.get("quant_method"), entry.get("version")
+    if method == packed.METHOD and version != packed.VERSION:
+        raise UnsupportedModelError(
+            f"{name}: the checkpoint has version {version!r} of gangline's format, and this gangline reads "
+            f"version {packed.VERSION}; use the gangline that wrote it or a newer one"
+        )
     if method not in _PACKED_EXPERTS_ONLY:
         raise UnsupportedModelError(
             f"{name}: the checkpoint is quantized with {method}, which gangline does not read; "

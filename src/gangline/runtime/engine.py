@@ -16,16 +16,10 @@ from gangline.core.keys import ExpertKey
 from gangline.core.tiers import Priority
 from gangline.kernels.grouping import Grouping, group_by_expert
 from gangline.kernels.sums import accumulate
-from gangline.runtime.store import EventLease, ExpertStore
-
-# A prompt chunk that brings this many pairs per expert uses nearly every expert of the next layer as well.
-_DENSE_PAIRS_PER_EXPERT = 2
-# Experts of one call for a prompt: enough work for all threads, few enough outputs to hold.
-_RUN_EXPERTS = 8
-# Pairs of one call for each row of a prompt: the memory plan counts their outputs. Where all rows choose the
-# same experts, a run is cut.
-_RUN_PAIRS_PER_ROW = 2
-
+from gangline.runtime.event_rules import DENSE_PAIRS_PER_EXPERT, RUN_EXPERTS, RUN_PAIRS_PER_ROW
+from gangline.runtime.lease import EventLease
+from gangline.runtime.policy_driver import PolicyDriver
+from gangline.runtime.store import ExpertStore
 
 Observer = Callable[[int, Tensor, Tensor, Tensor], None]
 
@@ -68,6 +62,8 @@ class Engine:
     Attributes:
         phase: set by the model's forward hook before the layers run.
         observer: called with layer, inputs, ids and weights of every event; its tensors are reused after it.
+        policy: runs predictors and prefetch; None where the composition has neither and its cache looks at
+            counts only.
     """
 
     def __init__(self, store: ExpertStore, kernels: Sequence[ExpertKernel], geometry: MoEGeometry) -> None:
@@ -78,6 +74,7 @@ class Engine:
         self._step = 0
         self.phase: Phase = "prefill"
         self.observer: Observer | None = None
+        self.policy: PolicyDriver | None = None
 
     def layer_forward(self, layer: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """Return the function that a model's experts module of ``layer`` computes through."""
@@ -102,7 +99,12 @@ class Engine:
         if self.observer is not None:
             self.observer(layer, x_TD, ids_TK, weights_TK)
         grouping = group_by_expert(ids_TK, weights_TK, self._layers[layer].experts)
-        event = RoutingEvent(self._step, layer, self.phase, x_TD.shape[0], grouping.experts, grouping.counts)
+        detail = None if self.policy is None else self.policy.detail(layer, x_TD, ids_TK, weights_TK)
+        event = RoutingEvent(
+            self._step, layer, self.phase, x_TD.shape[0], grouping.experts, grouping.counts, detail
+        )
+        if self.policy is not None:
+            self.policy.routed(event)
         out_TD = torch.zeros(x_TD.shape, dtype=torch.float32)
         if x_TD.shape[0] == 1:
             self._one_token(event, grouping, x_TD, out_TD)
@@ -121,6 +123,15 @@ class Engine:
         """Whether somebody wants to see each event, so that no layer may be computed out of sight."""
         return self.observer is not None
 
+    @property
+    def next_step(self) -> int:
+        """Number of the forward pass that comes next."""
+        return self._step + 1
+
+    def step_of(self, layer: int) -> int:
+        """Number of the forward pass in which the next event of ``layer`` will be."""
+        return self._step + (layer <= self._last_layer)
+
     def _count_step(self, layer: int) -> None:
         if layer <= self._last_layer:
             self._step += 1
@@ -131,7 +142,9 @@ class Engine:
         kernel, row = self._kernels[event.layer], {e: n for n, e in enumerate(grouping.experts)}
         y_PD = torch.empty(len(row), x_1D.shape[1], dtype=torch.float32)
         with self._store.lease(event) as lease:
+            told = self._told(event, lease)
             for batch in lease.batches():
+                told = told or self._told(event, lease)
                 batch.sort(key=lambda bound: bound[0])
                 experts = [expert for expert, _ in batch]
                 token_P = grouping.token_P[: len(batch)]  # all zeros: there is one token
@@ -147,9 +160,11 @@ class Engine:
         """Compute runs of experts in ascending id, and add each run up before the next."""
         kernel, index = self._kernels[event.layer], 0
         with self._store.lease(event, in_order=True) as lease:
-            for batch in lease.batches(_RUN_EXPERTS):
+            told = self._told(event, lease)
+            for batch in lease.batches(RUN_EXPERTS):
+                told = told or self._told(event, lease)
                 counts = event.counts[index : index + len(batch)]
-                for first, last in runs_within(counts, _RUN_PAIRS_PER_ROW * len(x_TD)):
+                for first, last in runs_within(counts, RUN_PAIRS_PER_ROW * len(x_TD)):
                     part = grouping.part(index + first, index + last)
                     weights = [bound for _, bound in batch[first:last]]
                     y_PD = kernel.pairs(x_TD, part.token_P, part.starts, weights, part.experts)
@@ -157,13 +172,22 @@ class Engine:
                 index += len(batch)
                 self._prefetch_next_layer(event, lease)
 
+    def _told(self, event: RoutingEvent, lease: EventLease) -> bool:
+        """Tell the policies of an event once all its misses are requested, so that no prefetch delays one."""
+        if self.policy is None:
+            return True
+        if not lease.all_requested:
+            return False
+        self.policy.after_gate(event)
+        return True
+
     def _prefetch_next_layer(self, event: RoutingEvent, lease: EventLease) -> None:
         """Keep the disk busy across the attention of the next layer, where a prompt will use all experts."""
         following = event.layer + 1
         if event.phase == "decode" or not lease.all_requested or following >= len(self._layers):
             return
         geometry = self._layers[following]
-        if event.tokens * geometry.top_k < _DENSE_PAIRS_PER_EXPERT * geometry.experts:
+        if event.tokens * geometry.top_k < DENSE_PAIRS_PER_EXPERT * geometry.experts:
             return
         everyone = range(geometry.experts)  # all of that layer will be needed: none makes room for another
         for expert in everyone:

@@ -20,7 +20,7 @@ from gangline.core.tiers import Priority
 from gangline.kernels.choice import expert_kernel, set_native_threads
 from gangline.kernels.cpu.native_kernel import NativeKernel
 from gangline.models import MoEView, check_conformance, expert_math, install
-from gangline.policies.caches import CachePolicy, LayerLRU, RandomEviction
+from gangline.policies.caches import CachePolicy
 from gangline.runtime.engine import Engine, ExpertKernel
 from gangline.runtime.files import ExpertFiles, IOMode
 from gangline.runtime.footprint import Footprint
@@ -28,6 +28,8 @@ from gangline.runtime.native_decode import enable_native_decode
 from gangline.runtime.opened import OpenedModel, codec_of, largest_reads, open_model
 from gangline.runtime.options import LoadOptions, plan_request
 from gangline.runtime.planner import MemoryPlan, make_plan
+from gangline.runtime.policy_choice import DEFAULT, PolicyChoice, asked_policy, tuned_policy
+from gangline.runtime.policy_setup import live_parts
 from gangline.runtime.progress import byte_bar
 from gangline.runtime.runtime import Runtime
 from gangline.runtime.slots import SlotPool
@@ -52,6 +54,7 @@ def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
         TypeError: there is no such option.
     """
     asked = LoadOptions(**options)
+    policy = asked_policy(asked.policy, asked.predictor)
     if asked.threads is not None:
         torch.set_num_threads(asked.threads)
     set_native_threads(torch.get_num_threads())
@@ -65,8 +68,22 @@ def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
     if opened.gguf is not None:
         loaded.config.name_or_path = str(opened.gguf.path)
     return run_from_store(
-        loaded, view, plan, catalog, io=asked.io, cache_seed=asked.cache_seed, progress=asked.progress
+        loaded,
+        view,
+        plan,
+        catalog,
+        io=asked.io,
+        cache_seed=asked.cache_seed,
+        progress=asked.progress,
+        policy=policy or _tuned(opened, asked, plan) or DEFAULT,
     )
+
+
+def _tuned(opened: OpenedModel, asked: LoadOptions, plan: MemoryPlan) -> PolicyChoice | None:
+    """Return what ``gangline tune`` found for this model in this memory."""
+    if plan.everything_resident or asked.expert_slots is not None or asked.cache_seed is not None:
+        return None
+    return tuned_policy(opened.identity, plan.precision, plan.budget)
 
 
 def plan_model(model: str | Path, **options: Any) -> MemoryPlan:
@@ -111,19 +128,26 @@ def run_from_store(
     io: IOMode = "auto",
     cache_seed: int | None = None,
     progress: bool | None = None,
+    policy: PolicyChoice = DEFAULT,
 ) -> PreTrainedModel:
-    """Make a model without expert matrices compute its experts from ``catalog`` within ``plan``."""
+    """Make a model without expert matrices compute its experts from ``catalog`` within ``plan``.
+
+    Raises:
+        UsageError: the parts of ``policy`` cannot be made; see
+            :func:`gangline.runtime.policy_setup.live_parts`.
+    """
+    parts = live_parts(policy, view, plan, cache_seed)
     kernels = [
         expert_kernel(layout, expert_math(block))
         for layout, block in zip(catalog.layouts, view.blocks, strict=True)
     ]
     files = ExpertFiles(catalog.files, io)
-    pools, pool_of_layer = _pools(plan, catalog, view, files.align, cache_seed)
+    pools, pool_of_layer = _pools(plan, catalog, files.align, parts.caches)
     store = ExpertStore(
         catalog, files, pools, pool_of_layer, lambda layer, raws: kernels[layer].bind(raws), IO_THREADS
     )
     engine = Engine(store, kernels, view.geometry)
-    runtime = Runtime(model, view, plan, catalog, store, engine)
+    runtime = Runtime(model, view, plan, catalog, store, engine, policy)
     for block in view.blocks:
         runtime.on_close(install(block, engine.layer_forward(block.layer)))
     hook = model.register_forward_pre_hook(runtime.before_forward, with_kwargs=True)
@@ -134,6 +158,7 @@ def run_from_store(
     if decode is not None:
         runtime.on_close(decode.close)
     object.__setattr__(model, "gangline", runtime)
+    runtime.start_policy(parts)
     if plan.everything_resident:
         _read_everything(store, catalog, progress)
         if decode is not None:
@@ -167,20 +192,14 @@ def _catalog(opened: OpenedModel, codec: str | None, progress: bool | None) -> E
 
 
 def _pools(
-    plan: MemoryPlan, catalog: ExpertCatalog, view: MoEView, align: int, cache_seed: int | None
+    plan: MemoryPlan, catalog: ExpertCatalog, align: int, policies: Sequence[CachePolicy]
 ) -> tuple[list[SlotPool], list[int]]:
     needed = largest_reads(catalog, align)
     pool_of_layer = [0] * len(needed)
     pools: list[SlotPool] = []
-    for size, count, layers in plan.slots:
-        mine = set(layers)
+    for (size, count, layers), policy in zip(plan.slots, policies, strict=True):
         for layer in layers:
             pool_of_layer[layer] = len(pools)
-        top_k = [g.top_k if n in mine else 0 for n, g in enumerate(view.geometry.layers)]
-        experts = [g.experts if n in mine else 0 for n, g in enumerate(view.geometry.layers)]
-        policy: CachePolicy = (
-            LayerLRU(count, top_k, experts) if cache_seed is None else RandomEviction(cache_seed)
-        )
         assert max(needed[layer] for layer in layers) <= size
         pools.append(SlotPool(size, count, policy))
     return pools, pool_of_layer

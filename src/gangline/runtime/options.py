@@ -28,7 +28,10 @@ class LoadOptions:
         io: how expert files are read: ``direct`` (past the page cache), ``cached``, or ``auto``.
         revision: branch, tag or commit on the Hub.
         expert_slots: this many slots instead of what the budget allows (for tests of exactness).
-        cache_seed: evict at random under this seed instead of layer-aware LRU (for the same).
+        cache_seed: evict at random under this seed instead of by the policy (for the same).
+        policy: a composition by name, or a ``.yaml`` file with one; None takes what ``gangline tune`` found
+            for this model, memory and machine, else ``default``.
+        predictor: what the policy learned: a file of ``gangline predict train``, or a trace.
         progress: show bars; None shows them on a terminal.
         name: what messages and reports call the model; None is what ``model`` says.
     """
@@ -43,6 +46,8 @@ class LoadOptions:
     revision: str | None = None
     expert_slots: int | None = None
     cache_seed: int | None = None
+    policy: str | None = None
+    predictor: str | None = None
     progress: bool | None = None
     name: str | None = None
 

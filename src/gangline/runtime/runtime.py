@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
-from torch import nn
+from torch import Tensor, nn
 
 from gangline.core.errors import BudgetError, ContextError
 from gangline.core.geometry import MoEGeometry
@@ -15,9 +15,12 @@ from gangline.core.layout import ExpertCatalog
 from gangline.core.sizes import format_size
 from gangline.core.tiers import Priority
 from gangline.models import MoEView
+from gangline.policies.parts import Parts
 from gangline.runtime.embedding import leave_in_file
 from gangline.runtime.engine import Engine, Observer
 from gangline.runtime.planner import MemoryPlan
+from gangline.runtime.policy_choice import DEFAULT, PolicyChoice, asked_policy
+from gangline.runtime.policy_setup import live_parts, start_policy
 from gangline.runtime.store import ExpertStore
 
 
@@ -59,6 +62,7 @@ class Runtime:
         plan: where every byte of the budget goes.
         catalog: where the experts are read.
         view: the model's MoE layers, and geometry: their sizes.
+        policy: the composition that it runs under.
         attached: whether the model was built by somebody else and gets its experts back on ``close``.
     """
 
@@ -70,8 +74,10 @@ class Runtime:
         catalog: ExpertCatalog,
         store: ExpertStore,
         engine: Engine,
+        policy: PolicyChoice = DEFAULT,
     ) -> None:
         self.plan = plan
+        self.policy = policy
         self.catalog = catalog
         self.view = view
         self.geometry: MoEGeometry = view.geometry
@@ -81,6 +87,7 @@ class Runtime:
         self._prefill_tokens = 0
         self._decode_tokens = 0
         self._undo: list[Callable[[], None]] = []
+        self._stop_policy: Callable[[], None] = lambda: None
         if plan.in_file:
             self._undo.append(leave_in_file(model.get_input_embeddings()))  # type: ignore[operator]
         self.attached = False
@@ -101,6 +108,33 @@ class Runtime:
         """Add something to undo when the runtime is closed."""
         self._undo.append(undo)
 
+    def start_policy(self, parts: Parts) -> None:
+        """Let the parts of the policy run beside the engine; where all experts are in memory nothing does."""
+        if not self.plan.everything_resident:
+            self._stop_policy = start_policy(
+                self._model, self.view, self._engine, self.store, parts, self.plan.experts_resident
+            )
+
+    def use_policy(self, policy: str, predictor: str | None = None) -> None:
+        """Go on under another composition, with an empty cache. The answers stay the same.
+
+        Args:
+            policy: a name, or a ``.yaml`` file.
+            predictor: what it learned: a file of ``gangline predict train``, or a trace.
+
+        Raises:
+            UsageError: the composition is not known, or its parts cannot be made.
+            StoreError: the model is computing.
+        """
+        choice = asked_policy(policy, predictor)
+        assert choice is not None
+        parts = live_parts(choice, self.view, self.plan)
+        if not self.plan.everything_resident:
+            self.store.use_policies(parts.caches)
+            self._stop_policy()
+        self.policy = choice
+        self.start_policy(parts)
+
     def stats(self) -> RuntimeStats:
         """Return the counters."""
         stats = self.store.stats
@@ -117,13 +151,14 @@ class Runtime:
         )
 
     def banner(self) -> str:
-        """Return one line: exactness, formats, share in memory, hit rate, memory against the budget."""
+        """Return one line: exactness, formats, share in memory, memory against budget, policy, hit rate."""
         plan = self.plan
         kind = "exact" if plan.precision == "stored" else "approximate"
         parts = [
             f"{kind}, {'+'.join(plan.codecs)}, {plan.resident_share:.0%} of experts in RAM",
             f"peak {format_size(peak_resident())}"
             + (f" of {format_size(plan.budget)}" if plan.budget else ""),
+            self.policy.words(idle=plan.everything_resident),
         ]
         stats = self.stats()
         if stats.hit_rate is not None:
@@ -146,6 +181,7 @@ class Runtime:
 
     def close(self) -> None:
         """Free the experts. A model from ``load`` cannot compute afterwards; an attached one is as it was."""
+        self._stop_policy()
         if self._store is not None:
             self._store.close()
             self._store = None
@@ -169,6 +205,7 @@ class Runtime:
         if shape is None:
             self._engine.phase = "prefill"
             return
+        policy = self._engine.policy
         sequences, length = shape
         rows = sequences * length
         if length == 1:
@@ -177,17 +214,18 @@ class Runtime:
         else:
             self._engine.phase = "prefill"
             self._prefill_tokens += rows
+        past = _past_tokens(kwargs)
         if self.plan.budget is not None:
-            self._check_room(sequences, length, kwargs)
+            self._check_room(sequences, length, past, kwargs)
+        if policy is not None:
+            policy.begin_pass(self._engine.next_step, _token_ids(args, kwargs), new=past == 0)
 
-    def _check_room(self, sequences: int, length: int, kwargs: dict[str, Any]) -> None:
+    def _check_room(self, sequences: int, length: int, past: int, kwargs: dict[str, Any]) -> None:
         plan = self.plan
-        cache = kwargs.get("past_key_values")
-        past = cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
-        total = sequences * (int(past) + length)
+        total = sequences * (past + length)
         if total > plan.context:
             raise ContextError(
-                f"{plan.model}: {total} tokens ({sequences} x {int(past) + length}) exceed the "
+                f"{plan.model}: {total} tokens ({sequences} x {past + length}) exceed the "
                 f"{plan.context} planned for in {format_size(plan.budget or 0)}; "
                 f"load with a larger ctx_size (--ctx-size {total})"
             )
@@ -214,6 +252,20 @@ def peak_resident() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return int(psutil.Process().memory_info().rss)
+
+
+def _past_tokens(kwargs: dict[str, Any]) -> int:
+    """Return the tokens that the cache of a call holds already."""
+    cache = kwargs.get("past_key_values")
+    return int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
+
+
+def _token_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the token ids of a call; None where it is given embeddings."""
+    for value in (kwargs.get("decoder_input_ids"), kwargs.get("input_ids"), *args[:1]):
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            return value
+    return None
 
 
 def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:

@@ -14,18 +14,24 @@ class StoreStats:
         hits: experts of events found in HOST memory (distinct experts per event).
         misses: experts of events that had to be read from DISK.
         late: experts of events that a prefetch was still reading when they were asked for (counted in
-        ``hits``). hit_tokens: (token, expert) pairs served by ``hits``; ``miss_tokens`` by ``misses``.
-        bytes_read: payload bytes read from DISK, by priority class. stall_seconds: time the computing thread
-        waited for bytes. evictions: experts that gave up their slot.
+            ``hits``); ``by_prefetch``: hits that a prefetch had brought.
+        hit_tokens: (token, expert) pairs served by ``hits``; ``miss_tokens`` by ``misses``.
+        stall_seconds: time the computing thread waited for bytes.
+        evictions: experts that gave up their slot.
+        useful_prefetch_bytes: read ahead and used by an event; ``wasted_prefetch_bytes`` were evicted unused.
+        bytes_read: payload bytes read from DISK, by priority class; cancelled reads do not count.
     """
 
     hits: int = 0
     misses: int = 0
     late: int = 0
+    by_prefetch: int = 0
     hit_tokens: int = 0
     miss_tokens: int = 0
     stall_seconds: float = 0.0
     evictions: int = 0
+    useful_prefetch_bytes: int = 0
+    wasted_prefetch_bytes: int = 0
     bytes_read: dict[str, int] = field(default_factory=lambda: {p.name.lower(): 0 for p in Priority})
 
     @property

@@ -7,20 +7,21 @@ to); demand reads go before prefetches; a leased or loading slot is never a vict
 
 import logging
 import threading
-import time
 import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from gangline.core.errors import PackError, StoreError
 from gangline.core.events import RoutingEvent
+from gangline.core.forecast import Forecast
 from gangline.core.keys import ExpertKey
 from gangline.core.layout import ExpertCatalog
 from gangline.core.tiers import Priority, Tier
+from gangline.policies.caches import CachePolicy
 from gangline.runtime.files import ExpertFiles
+from gangline.runtime.lease import EventLease
 from gangline.runtime.read_plan import ReadPlan, plan_reads
 from gangline.runtime.readers import Readers, Ticket
 from gangline.runtime.slots import Slot, SlotPool, SlotState
@@ -58,6 +59,7 @@ class ExpertStore:
         self._bind = bind
         self._table: dict[ExpertKey, Slot] = {}
         self._tickets: dict[ExpertKey, Ticket] = {}
+        self._ahead: dict[ExpertKey, int] = {}  # read ahead and not used yet, with their bytes
         self._unverified = set(catalog.checksums or ())
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -83,7 +85,7 @@ class ExpertStore:
         self.stats.hits += experts
         self.stats.hit_tokens += uses
 
-    def lease(self, event: RoutingEvent, *, in_order: bool = False) -> "EventLease":
+    def lease(self, event: RoutingEvent, *, in_order: bool = False) -> EventLease:
         """Decide the hits of an event and start reading its misses; see :class:`EventLease`."""
         if self._closed:
             raise StoreError("the expert store is closed; load the model again")
@@ -112,9 +114,49 @@ class ExpertStore:
             if ticket is None or slot is None or slot.leases or not self._readers.cancel(ticket):
                 return False
             del self._tickets[key]
+            nbytes = sum(nbytes for _, nbytes in ticket.plan.fields)
+            self.stats.bytes_read[ticket.priority.name.lower()] -= nbytes
+            self._ahead.pop(key, None)
             self._drop(key, slot)
             self._changed.notify_all()
             return True
+
+    def coming(self, keys: Collection[ExpertKey]) -> int:
+        """Return how many of ``keys`` are on their way."""
+        return sum(key in self._tickets for key in keys)
+
+    def forecast(self, forecasts: Sequence[Forecast]) -> None:
+        """Tell the cache policies what predictors expect."""
+        with self._lock:
+            for pool in self._all_pools:
+                pool.policy.on_forecast(forecasts)
+
+    def begin_request(self) -> None:
+        """Tell the cache policies that a new sequence begins."""
+        with self._lock:
+            for pool in self._all_pools:
+                pool.policy.on_request_start()
+
+    def end_request(self) -> None:
+        """Tell the cache policies that a sequence is complete."""
+        with self._lock:
+            for pool in self._all_pools:
+                pool.policy.on_request_end()
+
+    def use_policies(self, policies: Sequence[CachePolicy]) -> None:
+        """Forget all experts and go on with other cache policies, one for each pool.
+
+        Raises:
+            StoreError: an event is being computed.
+        """
+        self.wait_idle()
+        with self._lock:
+            if any(slot.leases for slot in self._table.values()):
+                raise StoreError("experts are in use; change the policy between two passes of the model")
+            for key, slot in list(self._table.items()):
+                self._drop(key, slot)
+            for pool, policy in zip(self._all_pools, policies, strict=True):
+                pool.policy = policy
 
     def wait_below(self, reads: int) -> None:
         """Wait until fewer than ``reads`` experts are on their way."""
@@ -174,6 +216,7 @@ class ExpertStore:
         pool = self._pools[key.layer]
         del self._table[key]
         pool.policy.evicted(key)
+        self.stats.wasted_prefetch_bytes += self._ahead.pop(key, 0)
         slot.state, slot.key, slot.weights, slot.error = SlotState.FREE, None, None, None
         pool.free.append(slot)
 
@@ -186,7 +229,10 @@ class ExpertStore:
         view = pool.view[slot.offset : slot.offset + pool.slot_bytes]
         ticket = Ticket(plan, view, priority, lambda done: self._finish(key, slot, done))
         self._tickets[key] = ticket
-        self.stats.bytes_read[priority.name.lower()] += sum(nbytes for _, nbytes in plan.fields)
+        nbytes = sum(nbytes for _, nbytes in plan.fields)
+        self.stats.bytes_read[priority.name.lower()] += nbytes
+        if priority is Priority.PREFETCH:
+            self._ahead[key] = nbytes
         self._readers.submit(ticket)
 
     def _plan(self, key: ExpertKey) -> ReadPlan:
@@ -226,154 +272,3 @@ class ExpertStore:
             )
         self._unverified.discard(key)
         return None
-
-
-class EventLease:
-    """The experts of one routing event, leased until each has been computed.
-
-    Iterate to get ``(expert, weights)``. By default hits come first and misses as they arrive; all hits are
-    leased at once. ``in_order`` gives experts in ascending id, for sums that run as they come: leases then
-    run ahead as far as there are slots, and hits that are not leased yet are not evicted for this event. An
-    expert's lease ends when the next one is asked for, so a prompt streams through few slots. Use as a
-    context manager: leaving it, also by an exception, releases everything.
-    """
-
-    def __init__(self, store: ExpertStore, event: RoutingEvent, in_order: bool) -> None:
-        self._store = store
-        self._layer = event.layer
-        self._in_order = in_order
-        self._held: set[int] = set()
-        self._waiting: list[int] = []
-        self._spared: set[int] = set()
-        with store._lock:
-            hits = tuple(e for e in event.experts if ExpertKey(event.layer, e) in store._table)
-            present = set(hits)
-            if in_order:
-                self._missing = list(event.experts)
-                self._spared = present.copy()
-            else:
-                self._missing = [e for e in event.experts if e not in present]
-                for expert in hits:
-                    self._hold(expert)
-            self._count(event, present)
-            store._pools[event.layer].policy.on_event(event, hits)
-            self._request_missing()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._store._changed:
-            for expert in tuple(self._held):
-                self._release(expert)
-            self._store._changed.notify_all()
-
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        for batch in self.batches(1):
-            yield from batch
-
-    def batches(self, limit: int | None = None) -> Iterator[list[tuple[int, Any]]]:
-        """Yield lists of ``(expert, weights)`` that can be computed now; waits while there is none.
-
-        ``limit``: experts of one list. While others still want a slot, a list takes at most half of the
-        leased ones, so that reading goes on beside computing.
-        """
-        while self._waiting or self._missing:
-            experts = self._take_ready(limit or len(self._waiting) + len(self._missing))
-            yield [(e, self._store._table[ExpertKey(self._layer, e)].weights) for e in experts]
-            with self._store._changed:
-                for expert in experts:
-                    self._release(expert)
-                if self._missing:
-                    self._request_missing()
-                self._store._changed.notify_all()
-
-    @property
-    def all_requested(self) -> bool:
-        """Whether every expert is leased, so that further slots may serve a prefetch."""
-        return not self._missing
-
-    def _take_ready(self, limit: int) -> list[int]:
-        """Return held experts whose bytes are there, at least one; wait if there is none."""
-        store = self._store
-        with store._changed:
-            started = 0.0
-            while True:
-                # First of all: slots freed before this thread began to wait wake nobody.
-                self._request_missing()
-                if self._missing:
-                    limit = min(limit, max(1, len(self._waiting) // 2))
-                ready = self._ready(limit)
-                if ready:
-                    self._waiting = [expert for expert in self._waiting if expert not in ready]
-                    if started:
-                        store.stats.stall_seconds += time.perf_counter() - started
-                    return ready
-                if store._closed:
-                    raise StoreError(
-                        "the expert store was closed while a model was using it; load the model again"
-                    )
-                started = started or time.perf_counter()
-                store._changed.wait()
-
-    def _ready(self, limit: int) -> list[int]:
-        """Return up to ``limit`` held experts that are read; in order, none behind one that is not."""
-        ready: list[int] = []
-        for expert in self._waiting:
-            slot = self._store._table[ExpertKey(self._layer, expert)]
-            if slot.state is SlotState.READY:
-                if slot.error is not None:
-                    raise slot.error
-                ready.append(expert)
-            elif self._in_order:
-                break
-            if len(ready) == limit:
-                break
-        return ready
-
-    def _request_missing(self) -> None:
-        """Give slots to as many misses as can have one now (the lock is held)."""
-        store = self._store
-        while self._missing:
-            key = ExpertKey(self._layer, self._missing[0])
-            if key not in store._table:  # another event may have brought it meanwhile
-                # With nothing on its way this event could wait for ever, so it may then evict against the
-                # policy.
-                slot = store._take_slot(key, must=not self._waiting, spared=self._spared)
-                if slot is None:
-                    return
-                store._start_read(key, slot, Priority.DEMAND)
-            self._hold(self._missing.pop(0))
-
-    def _hold(self, expert: int) -> None:
-        key = ExpertKey(self._layer, expert)
-        self._store._table[key].leases += 1
-        self._held.add(expert)
-        self._waiting.append(expert)
-        self._spared.discard(expert)
-        ticket = self._store._tickets.get(key)
-        if ticket is not None:
-            self._store._readers.promote(ticket, Priority.DEMAND)
-
-    def _release(self, expert: int) -> None:
-        self._held.discard(expert)
-        key = ExpertKey(self._layer, expert)
-        slot = self._store._table.get(key)
-        if slot is None:  # the store was closed
-            return
-        slot.leases -= 1
-        if slot.error is not None and slot.leases == 0 and slot.state is SlotState.READY:
-            self._store._drop(key, slot)
-
-    def _count(self, event: RoutingEvent, present: set[int]) -> None:
-        stats = self._store.stats
-        stats.hits += len(present)
-        stats.misses += len(event.experts) - len(present)
-        stats.late += sum(ExpertKey(event.layer, expert) in self._store._tickets for expert in present)
-        for expert, count in zip(event.experts, event.counts, strict=True):
-            if expert in present:
-                stats.hit_tokens += count
-            else:
-                stats.miss_tokens += count

@@ -1,9 +1,11 @@
-"""The same routing as another sequence of passes."""
+"""The same routing as another sequence of passes, and as sums."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 
+from gangline.core.keys import ExpertKey
 from gangline.traces.trace import Trace
 
 
@@ -22,3 +24,15 @@ def one_by_one(trace: Trace) -> Trace:
     )
     layers = {number: trace.layer(number).take(order) for number in trace.layers}
     return Trace(trace.header, trace.documents, tokens, layers, name=trace.name)
+
+
+def expert_tokens(trace: Trace) -> dict[ExpertKey, int]:
+    """Return how many tokens chose each expert; experts that none chose are left out."""
+    counts: Counter[ExpertKey] = Counter()
+    for number in trace.layers:
+        rows = trace.layer(number)
+        chosen = rows.ids_RK if rows.keep_RK is None else rows.ids_RK[rows.keep_RK]
+        found, times = np.unique(chosen, return_counts=True)
+        pairs = zip(found.tolist(), times.tolist(), strict=True)
+        counts.update({ExpertKey(number, expert): count for expert, count in pairs})
+    return dict(counts)

@@ -210,6 +210,8 @@ class SidaPredictor(Predictor):
         top_k: experts per token that a forecast names.
     """
 
+    needs = frozenset({"token_ids", "embeddings"})
+
     def __init__(self, network: HashFunction, top_k: int) -> None:
         self.network, self.top_k = network, top_k
         self._state: HashState | None = None

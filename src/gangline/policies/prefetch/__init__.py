@@ -7,9 +7,11 @@ from gangline.policies.prefetch.first_missing import FirstMissing
 from gangline.policies.prefetch.horizon import AdaptiveHorizon
 from gangline.policies.prefetch.plec import Plec, correction, share_slots
 from gangline.policies.prefetch.protocol import Fetch, Holds, Prefetcher
+from gangline.policies.prefetch.registry import PREFETCHERS, make_prefetcher
 from gangline.policies.prefetch.whole_set import WholeSet
 
 __all__ = [
+    "PREFETCHERS",
     "AdaptiveHorizon",
     "AllLater",
     "ByGain",
@@ -21,6 +23,7 @@ __all__ = [
     "Prefetcher",
     "WholeSet",
     "correction",
+    "make_prefetcher",
     "overlap_budget",
     "share_slots",
 ]

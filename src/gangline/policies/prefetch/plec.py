@@ -33,6 +33,8 @@ class Plec(Prefetcher):
         threshold: chance from which an expert counts as demanded.
     """
 
+    whole_pass = True
+
     def __init__(self, slots: int, threshold: float = 0.5) -> None:
         self.slots, self.threshold = slots, threshold
 

@@ -1,9 +1,10 @@
 """The protocol of prefetch planners: from forecasts to an ordered list of reads."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from gangline.core.events import RoutingEvent
 from gangline.core.forecast import Forecast
 from gangline.core.keys import ExpertKey
 from gangline.core.precision import Precision
@@ -27,9 +28,11 @@ class Prefetcher(Protocol):
 
     Attributes:
         exact: False only if it asks for LOW precision.
+        whole_pass: whether it asks once for all layers of a pass, and not anew after each layer.
     """
 
     exact: bool = True
+    whole_pass: bool = False
 
     def plan(self, forecasts: Sequence[Forecast], holds: Holds, budget: int | None = None) -> list[Fetch]:
         """Return the reads to queue now, best first, without duplicates and without what ``holds`` has.
@@ -40,3 +43,21 @@ class Prefetcher(Protocol):
             budget: experts that the link can bring before they would be late; None for no limit.
         """
         ...
+
+    def room(self, slots: int, top_k: int, coming: int) -> int:
+        """Return how many reads may be queued now, so that they flood neither the link nor the slots.
+
+        A planner that is asked after each layer loses nothing by a short queue: what was left out comes up
+        again.
+
+        Args:
+            slots: expert slots in all.
+            top_k: experts per token, the most of all layers.
+            coming: reads that were queued before and have not arrived.
+        """
+        most = slots // 2 if self.whole_pass else min(slots // 2, 2 * top_k)
+        return max(0, most - coming)
+
+    def stale(self, event: RoutingEvent, queued: Collection[ExpertKey]) -> list[ExpertKey]:
+        """Return queued reads for the layer of ``event`` that its router did not ask for: cancel them."""
+        return [key for key in queued if key.layer == event.layer and key.expert not in event.experts]

@@ -14,6 +14,8 @@ from gangline.policies.prefetch.protocol import Fetch, Holds, Prefetcher
 class WholeSet(Prefetcher):
     """Fetches all forecast experts, earliest pass and layer first."""
 
+    whole_pass = True
+
     def plan(self, forecasts: Sequence[Forecast], holds: Holds, budget: int | None = None) -> list[Fetch]:
         """Return every missing expert once."""
         out: dict[ExpertKey, Fetch] = {}
