@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from gangline.checkpoint.convert import Conversion, ShapeBook, plan_conversion
 from gangline.checkpoint.inplace import FieldPlan, plan_each, plan_in_place, plan_packed
 from gangline.checkpoint.mapping import Assembly, assemble, missing_sources
+from gangline.checkpoint.packed import plan_packed_layer
 from gangline.checkpoint.safetensors_index import SafetensorsIndex
 from gangline.checkpoint.safetensors_source import LayerPlan, SafetensorsSource
 from gangline.checkpoint.source import ExpertsModule, ExpertSource
@@ -87,6 +88,9 @@ class _Resolver:
     dtype: "torch.dtype | None"
 
     def layer(self, number: int, module: ExpertsModule) -> LayerPlan:
+        packed = plan_packed_layer(self.index.tensors, module)
+        if packed is not None:
+            return LayerPlan(module.prefix, module.experts, packed, {})
         fields: list[FieldPlan] = []
         conversions: dict[int, Conversion] = {}
         for field in module.fields:

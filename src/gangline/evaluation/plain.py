@@ -1,19 +1,24 @@
 """The plain transformers model and tokenizer of a checkpoint: what ours is compared with."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gangline.checkpoint.gguf import GGUFCheckpoint
 from gangline.checkpoint.gguf_plain import plain_tensors
 from gangline.checkpoint.locate import LocalCheckpoint, resolve_checkpoint
+from gangline.checkpoint.packed import is_packed
 from gangline.core.errors import CheckpointError
+from gangline.core.layout import ExpertLayout
 from gangline.core.sizes import format_size
-from gangline.models import find_moe
+from gangline.formats import get_codec
+from gangline.models import MoEBlock, find_moe, restore_expert_params
 from gangline.runtime.dense import read_config
-from gangline.runtime.opened import experts_modules
+from gangline.runtime.opened import experts_modules, open_model
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -83,6 +88,8 @@ def load_plain(checkpoint: LocalCheckpoint, kind: Any, config: Any, dtype: torch
         config: its configuration (needed for GGUF files, whose weights we decode).
         dtype: of all weights.
     """
+    if checkpoint.gguf is None and is_packed(checkpoint.folder):
+        return _dense_twin(checkpoint, dtype)
     if checkpoint.gguf is None:
         return kind.from_pretrained(checkpoint.folder, dtype=dtype).eval()
     model = kind._from_config(config, dtype=dtype).eval()
@@ -91,6 +98,31 @@ def load_plain(checkpoint: LocalCheckpoint, kind: Any, config: Any, dtype: torch
     for name, tensor in plain_tensors(GGUFCheckpoint.open(checkpoint.gguf), modules, dtype):
         state[name].copy_(tensor)
     return model
+
+
+def _dense_twin(checkpoint: LocalCheckpoint, dtype: torch.dtype) -> Any:
+    """The transformers model that has the packed experts of our own checkpoints as plain matrices."""
+    opened = open_model(checkpoint, dtype)
+    model, view = opened.load_dense(None)
+    for block, layout in zip(view.blocks, opened.source.layouts, strict=True):
+        experts = opened.source.read_layer(block.layer)
+        restore_expert_params(block, (_plain_fields(block, layout, raws, dtype) for _, raws in experts))
+    return model.eval()
+
+
+def _plain_fields(
+    block: MoEBlock, layout: ExpertLayout, raws: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """One expert's matrices in the order, the halves and the direction of its module."""
+    weights = {
+        spec.name: get_codec(spec.codec).decode(raw, spec.shape, dtype)
+        for spec, raw in zip(layout.fields, raws, strict=True)
+    }
+    if "gate" in weights and any(field.name == "gate_up" for field in block.fields):
+        weights["gate_up"] = torch.cat([weights.pop("gate"), weights.pop("up")])
+    return tuple(
+        weights[field.name].t() if field.transposed else weights[field.name] for field in block.fields
+    )
 
 
 def no_room_for_plain(kind: Any, config: Any, dtype: torch.dtype) -> str | None:
