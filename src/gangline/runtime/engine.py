@@ -23,6 +23,9 @@ from gangline.runtime.store import ExpertStore
 
 Observer = Callable[[int, Tensor, Tensor, Tensor], None]
 
+Reroute = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Takes a layer, ids and weights ``[T, K]`` of its router; returns those to compute."""
+
 
 class ExpertKernel(Protocol):
     """Computes experts on bound weights (see ``kernels.reference`` and ``kernels.cpu.native_kernel``)."""
@@ -64,6 +67,7 @@ class Engine:
         observer: called with layer, inputs, ids and weights of every event; its tensors are reused after it.
         policy: runs predictors and prefetch; None where the composition has neither and its cache looks at
             counts only.
+        reroute: called before anything else happens with an event; may change what is computed.
     """
 
     def __init__(self, store: ExpertStore, kernels: Sequence[ExpertKernel], geometry: MoEGeometry) -> None:
@@ -75,6 +79,7 @@ class Engine:
         self.phase: Phase = "prefill"
         self.observer: Observer | None = None
         self.policy: PolicyDriver | None = None
+        self.reroute: Reroute | None = None
 
     def layer_forward(self, layer: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """Return the function that a model's experts module of ``layer`` computes through."""
@@ -95,6 +100,8 @@ class Engine:
                 "experts in the store cannot be trained; run under torch.no_grad(), "
                 "or call gangline.detach(model) first"
             )
+        if self.reroute is not None:
+            ids_TK, weights_TK = self.reroute(layer, ids_TK, weights_TK)
         self._count_step(layer)
         if self.observer is not None:
             self.observer(layer, x_TD, ids_TK, weights_TK)
@@ -120,8 +127,8 @@ class Engine:
 
     @property
     def observed(self) -> bool:
-        """Whether somebody wants to see each event, so that no layer may be computed out of sight."""
-        return self.observer is not None
+        """Whether somebody sees or changes each event, so that no layer may be computed out of sight."""
+        return self.observer is not None or self.reroute is not None
 
     @property
     def next_step(self) -> int:

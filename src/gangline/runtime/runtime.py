@@ -9,7 +9,7 @@ from typing import Any, Self
 import psutil
 from torch import Tensor, nn
 
-from gangline.core.errors import BudgetError, ContextError
+from gangline.core.errors import BudgetError, ContextError, UsageError
 from gangline.core.geometry import MoEGeometry
 from gangline.core.layout import ExpertCatalog
 from gangline.core.sizes import format_size
@@ -17,7 +17,7 @@ from gangline.core.tiers import Priority
 from gangline.models import MoEView
 from gangline.policies.parts import Parts
 from gangline.runtime.embedding import leave_in_file
-from gangline.runtime.engine import Engine, Observer
+from gangline.runtime.engine import Engine, Observer, Reroute
 from gangline.runtime.planner import MemoryPlan
 from gangline.runtime.policy_choice import DEFAULT, PolicyChoice, asked_policy
 from gangline.runtime.policy_setup import live_parts, start_policy
@@ -36,6 +36,7 @@ class RuntimeStats:
         stall_seconds: time that computing waited for reads.
         evictions: experts that gave up their slot.
         hit_rate: share of hits, None before the first event.
+        approximate: what changes the model's output besides its precision, in words; None if nothing does.
     """
 
     host_hits: int
@@ -47,6 +48,7 @@ class RuntimeStats:
     stall_seconds: float
     evictions: int
     hit_rate: float | None
+    approximate: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -87,6 +89,7 @@ class Runtime:
         self._prefill_tokens = 0
         self._decode_tokens = 0
         self._undo: list[Callable[[], None]] = []
+        self._approximate: str | None = None
         self._stop_policy: Callable[[], None] = lambda: None
         if plan.in_file:
             self._undo.append(leave_in_file(model.get_input_embeddings()))  # type: ignore[operator]
@@ -148,12 +151,15 @@ class Runtime:
             stall_seconds=stats.stall_seconds,
             evictions=stats.evictions,
             hit_rate=stats.hit_rate,
+            approximate=self._approximate,
         )
 
     def banner(self) -> str:
         """Return one line: exactness, formats, share in memory, memory against budget, policy, hit rate."""
         plan = self.plan
         kind = "exact" if plan.precision == "stored" else "approximate"
+        if self._approximate is not None:
+            kind = f"approximate ({self._approximate})"
         parts = [
             f"{kind}, {'+'.join(plan.codecs)}, {plan.resident_share:.0%} of experts in RAM",
             f"peak {format_size(peak_resident())}"
@@ -178,6 +184,30 @@ class Runtime:
             yield
         finally:
             self._engine.observer = before
+
+    @property
+    def next_step(self) -> int:
+        """Number of the forward pass that comes next, as forecasts count."""
+        return self._engine.next_step
+
+    def reroute(self, reroute: Reroute, approximate: str | None) -> Callable[[], None]:
+        """Let ``reroute`` decide what every event computes; returns what ends it.
+
+        Args:
+            reroute: see :data:`gangline.runtime.engine.Reroute`.
+            approximate: how it changes the output, in words for banner and statistics; None if it does not.
+
+        Raises:
+            UsageError: somebody else does so already.
+        """
+        if self._engine.reroute is not None:
+            raise UsageError("the routing of this model is taken over already; end that first")
+        self._engine.reroute, self._approximate = reroute, approximate
+
+        def end() -> None:
+            self._engine.reroute, self._approximate = None, None
+
+        return end
 
     def close(self) -> None:
         """Free the experts. A model from ``load`` cannot compute afterwards; an attached one is as it was."""
