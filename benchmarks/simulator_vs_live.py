@@ -20,8 +20,8 @@ import torch
 import gangline
 from gangline.benchmarks.result import Row, write_result
 from gangline.evaluation.plain import find_checkpoint, load_tokenizer
-from gangline.evaluation.simulation import DENSE_PREFETCH, RUN_EXPERTS
 from gangline.policies.caches import LayerLRU
+from gangline.runtime.event_rules import DENSE_PAIRS_PER_EXPERT, RUN_EXPERTS
 from gangline.traces import Trace, TraceWriter, open_trace
 from gangline.traces.describe import describe_recording
 from gangline.traces.record import record_generation
@@ -60,7 +60,7 @@ def record(items: list[Item], new_tokens: int, folder: Path) -> Trace:
 
 def live(items: list[Item], new_tokens: int, slots: int) -> tuple[dict[str, float], list[list[int]]]:
     """Hit rate and bytes of the engine, and the tokens that went through the model."""
-    model = gangline.load("demo", expert_slots=slots, progress=False)
+    model = gangline.load("demo", expert_slots=slots, progress=False, policy="default")
     tokens = []
     for item in items:
         ids = torch.tensor([item.ids])
@@ -85,7 +85,11 @@ def simulated(trace: Trace, slots: int) -> SimReport:
     policy = LayerLRU(slots, header.top_k, header.experts)
     level = LevelSpec("host", slots, policy, SimLink(), bypass=False)
     setup = Setup(
-        header.geometry, header.expert_bytes, (level,), dense_prefetch=DENSE_PREFETCH, run_experts=RUN_EXPERTS
+        header.geometry,
+        header.expert_bytes,
+        (level,),
+        dense_prefetch=DENSE_PAIRS_PER_EXPERT,
+        run_experts=RUN_EXPERTS,
     )
     return make_report("layer-lru", setup, simulate(setup, events), Bounds(events))
 

@@ -7,13 +7,12 @@ import gangline
 from evaluation.tiny_text import saved_model
 from gangline.evaluation.generation import fixed_length
 from gangline.evaluation.simulation import (
-    DENSE_PREFETCH,
-    RUN_EXPERTS,
     SimulationSettings,
     capacity_slots,
     simulate_trace,
 )
 from gangline.policies.caches import LayerLRU
+from gangline.runtime.event_rules import DENSE_PAIRS_PER_EXPERT, RUN_EXPERTS
 from gangline.traces import TraceWriter, open_trace
 from gangline.traces.describe import describe_recording
 from gangline.traces.record import record_generation
@@ -48,7 +47,7 @@ def test_decoding_hits_what_the_simulator_says(recorded, slots):
     model.gangline.close()
     header = trace.header
     level = LevelSpec("host", slots, LayerLRU(slots, header.top_k, header.experts), SimLink(), bypass=False)
-    options = {"dense_prefetch": DENSE_PREFETCH, "run_experts": RUN_EXPERTS}
+    options = {"dense_prefetch": DENSE_PAIRS_PER_EXPERT, "run_experts": RUN_EXPERTS}
     run = simulate(Setup(header.geometry, header.expert_bytes, (level,), **options), trace.events())
     hits, misses = run.counters.total("hits"), run.counters.total("misses")
     if everything:  # filled before the first token

@@ -226,7 +226,7 @@ def test_refusals(saved: tuple[Any, Path], tmp_path: Path) -> None:
     path.write_text("cache: belady\n")
     cases: list[tuple[dict[str, Any], str]] = [
         ({"policy": "hobit"}, "did you mean 'hobbit'"),
-        ({"policy": "hobbit"}, "--policy hobbit-exact"),
+        ({"policy": "hobbit"}, "its exact part is hobbit-exact"),
         ({"policy": "sida"}, "gangline predict train"),
         ({"policy": "fiddler"}, "gangline trace"),
         ({"policy": str(path)}, "knows the future"),

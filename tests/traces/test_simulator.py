@@ -16,7 +16,7 @@ from gangline.core.tiers import Priority
 from gangline.policies.caches import make_cache
 from gangline.policies.caches.lru import LRU
 from gangline.policies.predictors import Predictor
-from gangline.policies.prefetch import Fetch
+from gangline.policies.prefetch import Fetch, Prefetcher
 from gangline.traces.simulator import (
     Bounds,
     LevelSpec,
@@ -248,10 +248,11 @@ class Oracle(Predictor):
         ]
 
 
-class Everything:
+class Everything(Prefetcher):
     """Reads all that is forecast."""
 
-    exact = True
+    def room(self, slots, top_k, coming):
+        return slots
 
     def plan(self, forecasts, holds, budget=None):
         keys = [ExpertKey(f.layer, e) for f in forecasts for e in f.experts]
@@ -285,10 +286,27 @@ def test_demand_waits_for_one_chunk_of_a_prefetch():
     setup = {"predictors": [Wrong()], "prefetcher": Everything()}
     done, _ = run(events, geo, 8, link=link, machine=SimMachine(layer=Line(0.05)), **setup)
     # Layer 1's demand comes 0.05 s after the prefetch began: the rest of its chunk is another 0.05 s.
-    assert done.counters.stall_seconds["demand"] == pytest.approx(
-        1 + 1.05 + 1 + 0 if False else 1 + 1.05 + 1.05
-    )
+    assert done.counters.stall_seconds["demand"] == pytest.approx(1 + 1.05 + 1.05)
     assert done.levels[0].wasted_bytes == BYTES
+
+
+def test_reads_that_came_to_nothing_are_taken_back():
+    """A prefetch that has not begun when its layer is routed otherwise is cancelled, and costs no byte."""
+    events = made_events([[(0,), (1,)], [(2,), (1,)]])
+
+    class Wrong(Predictor):
+        def after_gate(self, event):
+            return [Forecast(0, 1, (3,), (1.0,), 1, "wrong")] if event.layer == 0 else []
+
+    setup = {"predictors": [Wrong()], "prefetcher": Everything()}
+    slow = SimLink(bytes_per_second=BYTES, latency=0.0)
+    done, _ = run(events, geometry(2, 4, 1), 8, link=slow, **setup)
+    level = done.levels[0]
+    assert level.link.moved[Priority.PREFETCH] == 0 and level.wasted_bytes == 0
+    assert not level.holds(ExpertKey(1, 3))
+    # With time between layers the read begins, and stays.
+    done, _ = run(events, geometry(2, 4, 1), 8, link=slow, machine=SimMachine(layer=Line(0.5)), **setup)
+    assert done.levels[0].link.moved[Priority.PREFETCH] == BYTES and done.levels[0].wasted_bytes == BYTES
 
 
 def test_cpu_pool_works_beside_the_device():

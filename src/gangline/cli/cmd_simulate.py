@@ -25,6 +25,13 @@ def simulate(
         str,
         option("--policies", help="Caches, separated by commas; with parameters as NAME:KEY=VALUE."),
     ] = "layer-lru,lru,lfu",
+    systems: Annotated[
+        str,
+        option(
+            "--systems",
+            help="Compositions, separated by commas: cache, predictor and prefetch together; or 'all'.",
+        ),
+    ] = "",
     capacity: Annotated[
         str,
         option(
@@ -66,15 +73,20 @@ def simulate(
     calibrate: Annotated[
         Path | None, option("--calibrate", metavar="TRACE", help="Trace from which static-hot learns.")
     ] = None,
+    predictor: Annotated[
+        Path | None,
+        option("--predictor", metavar="FILE", help="Trained predictor for a system that needs one."),
+    ] = None,
     tokens: Annotated[int | None, option("--tokens", help="Replay at most this many tokens.", min=1)] = None,
 ) -> None:
     """Replay a trace through cache policies; prints hit rates, bytes and modelled speed beside the bounds."""
-    from gangline.evaluation.simulation import SimulationSettings, simulate_trace
+    from gangline.evaluation.simulation import ModelParts, SimulationSettings, simulate_trace
     from gangline.traces import open_trace
 
     settings = SimulationSettings(
-        policies=tuple(name.strip() for name in policies.split(",") if name.strip()),
-        capacities=tuple(text.strip() for text in capacity.split(",") if text.strip()),
+        policies=_listed(policies),
+        capacities=_listed(capacity),
+        systems=_listed(systems),
         phase=None if phase == "all" else phase,
         replay=replay,
         link=None if link is None else float(parse_size(link)),
@@ -85,14 +97,24 @@ def simulate(
         tokens=tokens,
         calibration=None if calibrate is None else open_trace(calibrate),
     )
-    if not settings.policies or not settings.capacities:
+    if not (settings.policies or settings.systems) or not settings.capacities:
         raise UsageError(
             "name at least one policy and one capacity, for example --policies lru --capacity 50%"
         )
+    model = None
+    if predictor is not None:
+        from gangline.policies.predictors.saved import load_predictor
+
+        saved = load_predictor(predictor)
+        model = ModelParts(network=saved.network, network_kind=saved.kind)
     with _bar() as progress:
-        result = simulate_trace(open_trace(trace), settings, progress=progress)
+        result = simulate_trace(open_trace(trace), settings, progress=progress, model=model)
     out.data(result.to_dict())
     _show(out, result)
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _bar() -> Any:

@@ -71,7 +71,9 @@ def load_arguments(options: ModelOptions, compute: ComputeOptions | None = None)
     if isinstance(options, BudgetOptions) and options.memory is not None:
         arguments["memory"] = parse_size(options.memory)
     if compute is not None:
-        arguments.update(threads=compute.threads, io=compute.io)
+        arguments.update(
+            threads=compute.threads, io=compute.io, policy=compute.policy, predictor=compute.predictor
+        )
     return arguments
 
 

@@ -85,6 +85,22 @@ class ComputeOptions:
         InputOutput,
         option("--io", help="Read experts around the page cache, through it, or as measured best."),
     ] = "auto"
+    policy: Annotated[
+        str | None,
+        option(
+            "--policy",
+            metavar="NAME|FILE.yaml",
+            help="What is cached, predicted and read ahead. (Default: as tuned, else 'default'.)",
+        ),
+    ] = None
+    predictor: Annotated[
+        str | None,
+        option(
+            "--predictor",
+            metavar="FILE",
+            help="What the policy learned: a file of 'gangline predict train', or a trace.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

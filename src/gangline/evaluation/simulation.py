@@ -1,22 +1,25 @@
 """Simulate several caches at several capacities on one trace, with the bounds beside each."""
 
 import itertools
-from collections import Counter
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
-import numpy as np
-
-from gangline.core.errors import UsageError
+from gangline.core.errors import GanglineError, UsageError
 from gangline.core.events import Need, Phase, RoutingEvent
-from gangline.core.keys import ExpertKey
 from gangline.core.sizes import format_size, parse_size
 from gangline.policies.caches import CachePolicy, make_cache
+from gangline.policies.caches.static_hot import hottest
+from gangline.policies.compositions import COMPOSITIONS, Composition, find_composition, require_exact
+from gangline.policies.parts import Material, build_parts, slot_cost
+from gangline.policies.predictors.next_gate import Gate
 from gangline.policies.predictors.oracle import Oracle
 from gangline.policies.prefetch import WholeSet
+from gangline.runtime.event_rules import DENSE_PAIRS_PER_EXPERT, RUN_EXPERTS
 from gangline.traces import Trace
-from gangline.traces.replay import one_by_one
+from gangline.traces.replay import expert_tokens, one_by_one
 from gangline.traces.simulator import (
     Bounds,
     LevelSpec,
@@ -29,10 +32,8 @@ from gangline.traces.simulator import (
     simulate,
 )
 
-# A prompt that brings this many pairs per expert makes the engine read the next layer ahead.
-DENSE_PREFETCH = 2.0
-# Experts of a prompt that the engine computes before it gives their slots free.
-RUN_EXPERTS = 8
+ALL = "all"
+"""As the only system: every exact composition that can be built."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class SimulationSettings:
         oracles: layers ahead of the oracle rows.
         tokens: replay at most this many.
         calibration: another trace, from which ``static-hot`` takes its experts.
+        systems: compositions, by name or ``.yaml`` file: cache, predictor and prefetch together. ``all``
+            takes every exact one that can be built and notes the others.
     """
 
     policies: Sequence[str]
@@ -65,6 +68,23 @@ class SimulationSettings:
     oracles: Sequence[int] = (1, 8)
     tokens: int | None = None
     calibration: Trace | None = None
+    systems: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """What systems need of the model itself.
+
+    Attributes:
+        gates: scores of each layer's experts from its gate inputs.
+        embed: embeddings ``[T, D]`` of token ids.
+        network: of a learned predictor, and ``network_kind`` its name.
+    """
+
+    gates: Sequence[Gate] | None = None
+    embed: Callable[[Sequence[int]], Any] | None = None
+    network: Any = None
+    network_kind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +117,10 @@ class SimulationResult:
 
 
 def simulate_trace(
-    trace: Trace, settings: SimulationSettings, progress: Callable[[int, int], None] | None = None
+    trace: Trace,
+    settings: SimulationSettings,
+    progress: Callable[[int, int], None] | None = None,
+    model: ModelParts | None = None,
 ) -> SimulationResult:
     """Replay a trace through every policy at every capacity.
 
@@ -105,6 +128,7 @@ def simulate_trace(
         trace: in mode ``full`` or ``ids``.
         settings: see there.
         progress: called with runs done and runs in all.
+        model: for systems whose predictors read more than the trace.
 
     Raises:
         UsageError: a policy, a parameter or a capacity is not known.
@@ -114,27 +138,21 @@ def simulate_trace(
     geometry, expert_bytes = trace.header.geometry, trace.header.expert_bytes
     capacities = [capacity_slots(text, trace) for text in settings.capacities]
     speed, machine, notes = _costs(trace, settings)
-    dense = None if words == _ONE_BY_ONE else DENSE_PREFETCH
+    dense = None if words == _ONE_BY_ONE else DENSE_PAIRS_PER_EXPERT
     base = Setup(geometry, expert_bytes, (), machine, dense_prefetch=dense, run_experts=RUN_EXPERTS)
     link = SimLink() if speed is None else SimLink(bytes_per_second=speed)
-    named: list[tuple[str, int | None]] = [(name, None) for name in settings.policies]
-    clairvoyant: list[tuple[str, int | None]] = [(_BOUND, None), *((_BOUND, h) for h in settings.oracles)]
-    runs = list(itertools.product(capacities, [*named, *clairvoyant]))
+    events = _Events(trace)
+    material = _material(trace, settings, model or ModelParts(), events.plain, machine, link)
+    bench = _Bench(settings, events, base, link, material, (model or ModelParts()).embed)
+    systems, left_out = _systems(settings.systems, bench)
+    jobs = [partial(bench.cache, name) for name in settings.policies]
+    jobs += [partial(bench.system, name, found) for name, found in systems]
+    jobs += [partial(bench.clairvoyant, ahead) for ahead in (None, *settings.oracles)]
     rows: list[SimReport] = []
-    events: dict[frozenset[Need], list[RoutingEvent]] = {}
-    plain = _events(trace, frozenset(), events)
-    bounds = Bounds(plain)
-    for number, (slots, (name, ahead)) in enumerate(runs):
-        policy = build_cache(name, slots, trace, plain, settings.calibration)
-        mine = _events(trace, frozenset(policy.needs) - {"future"}, events)
-        level = LevelSpec("host", slots, policy, link, settings.bypass or name == _BOUND)
-        setup = replace(base, levels=(level,))
-        if ahead is not None:
-            setup = replace(setup, predictors=(Oracle(plain, ahead),), prefetcher=WholeSet())
-        label = name if ahead is None else f"{name} + oracle({ahead})"
-        rows.append(make_report(label, setup, simulate(setup, mine), bounds))
+    for slots, job in itertools.product(capacities, jobs):
+        rows.append(job(slots))
         if progress is not None:
-            progress(number + 1, len(runs))
+            progress(len(rows), len(capacities) * len(jobs))
     return SimulationResult(
         trace.name,
         trace.header.model,
@@ -144,11 +162,10 @@ def simulate_trace(
         words,
         speed,
         tuple(rows),
-        tuple(notes),
+        tuple(notes + left_out),
     )
 
 
-_BOUND = "belady-bypass@global"
 _ONE_BY_ONE = "each token as a decoding pass of its own"
 
 
@@ -165,13 +182,118 @@ def _rows(trace: Trace, settings: SimulationSettings) -> tuple[Trace, str]:
     return trace, _ONE_BY_ONE if replay == "tokens" else "passes as recorded"
 
 
-def _events(
-    trace: Trace, needs: frozenset[Need], known: dict[frozenset[Need], list[RoutingEvent]]
-) -> list[RoutingEvent]:
-    """The events with what a policy needs, and with requests, so that policies hear of sequences."""
-    if needs not in known:
-        known[needs] = list(trace.events(needs | {"requests"}))
-    return known[needs]
+class _Events:
+    """The events of a trace, made once for each set of needs."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self._known: dict[frozenset[Need], list[RoutingEvent]] = {}
+        self.plain = self.having(frozenset())
+        self.bounds = Bounds(self.plain)
+
+    def having(self, needs: frozenset[Need]) -> list[RoutingEvent]:
+        """Return events with what a policy needs, and with requests, so that it hears of sequences."""
+        if needs not in self._known:
+            self._known[needs] = list(self.trace.events(needs | {"requests"}))
+        return self._known[needs]
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Runs one policy after another on the same events."""
+
+    settings: SimulationSettings
+    events: _Events
+    base: Setup
+    link: SimLink
+    material: Material
+    embed: Callable[[Sequence[int]], Any] | None
+
+    def cache(self, name: str, slots: int) -> SimReport:
+        """Simulate a cache alone."""
+        trace, plain = self.events.trace, self.events.plain
+        policy = build_cache(name, slots, trace, plain, self.settings.calibration)
+        setup = replace(self.base, levels=(self._level(slots, policy),))
+        return self._run(name, setup, frozenset(policy.needs) - {"future"})
+
+    def system(self, name: str, found: Composition, slots: int) -> SimReport:
+        """Simulate cache, predictor and prefetch of a composition."""
+        parts = build_parts(found, self.material, slots)
+        predictors = () if parts.predictor is None else (parts.predictor,)
+        setup = replace(
+            self.base,
+            levels=(self._level(slots, parts.caches[0]),),
+            predictors=predictors,
+            prefetcher=parts.prefetcher,
+            embed=self.embed,
+        )
+        return self._run(name, setup, parts.needs)
+
+    def clairvoyant(self, ahead: int | None, slots: int) -> SimReport:
+        """Simulate Belady's cache, with an oracle that reads ``ahead`` events ahead."""
+        policy = make_cache(
+            "belady-bypass",
+            slots=slots,
+            geometry=self.base.geometry,
+            scope="global",
+            events=self.events.plain,
+        )
+        level = replace(self._level(slots, policy), bypass=True)
+        setup, name = replace(self.base, levels=(level,)), "belady-bypass@global"
+        if ahead is not None:
+            oracle = Oracle(self.events.plain, ahead)
+            setup = replace(setup, predictors=(oracle,), prefetcher=WholeSet())
+            name += f" + oracle({ahead})"
+        return self._run(name, setup, frozenset())
+
+    def _level(self, slots: int, policy: CachePolicy) -> LevelSpec:
+        return LevelSpec("host", slots, policy, self.link, self.settings.bypass)
+
+    def _run(self, name: str, setup: Setup, needs: frozenset[Need]) -> SimReport:
+        run = simulate(setup, self.events.having(needs))
+        return make_report(name, setup, run, self.events.bounds)
+
+
+def _material(
+    trace: Trace,
+    settings: SimulationSettings,
+    model: ModelParts,
+    events: Sequence[RoutingEvent],
+    machine: SimMachine,
+    link: SimLink,
+) -> Material:
+    """What compositions are made of in a simulation."""
+    cost = None
+    if settings.systems and not math.isinf(link.bytes_per_second):
+        nbytes = max(trace.header.expert_bytes)
+        cost = slot_cost(nbytes, max(machine.expert(1), 1e-9), link.bytes_per_second)
+    popular = None
+    if settings.calibration is not None:
+        tokens = expert_tokens(settings.calibration)
+        popular = hottest(tokens, len(tokens))
+    return Material(
+        trace.header.geometry, model.gates, model.network, model.network_kind, popular, events, cost
+    )
+
+
+def _systems(names: Sequence[str], bench: _Bench) -> tuple[list[tuple[str, Composition]], list[str]]:
+    """Return the compositions to simulate, and what is to be said of those that ``all`` leaves out."""
+    if list(names) != [ALL]:
+        found = [(name, find_composition(name)) for name in names]
+        for name, one in found:
+            require_exact(name, one)
+        return found, []
+    systems, notes = [], []
+    for name, one in COMPOSITIONS.items():
+        if not one.exact:
+            continue
+        try:
+            needs = build_parts(one, bench.material, 1).needs
+            bench.events.having(needs)
+            systems.append((name, one))
+        except GanglineError as error:
+            notes.append(f"{name} is left out: {error}")
+    return systems, notes
 
 
 def build_cache(
@@ -199,7 +321,7 @@ def build_cache(
     if name == "static-hot":
         if calibration is None:
             raise UsageError("static-hot needs another trace to learn from; give --calibrate TRACE")
-        params["hot"] = hottest(calibration, slots)
+        params["hot"] = hottest(expert_tokens(calibration), slots)
     return make_cache(
         name,
         slots=slots,
@@ -208,18 +330,6 @@ def build_cache(
         events=events,
         **params,
     )
-
-
-def hottest(trace: Trace, slots: int) -> list[ExpertKey]:
-    """Return the ``slots`` experts that the most tokens of a trace chose."""
-    counts: Counter[ExpertKey] = Counter()
-    for number in trace.layers:
-        rows = trace.layer(number)
-        chosen = rows.ids_RK if rows.keep_RK is None else rows.ids_RK[rows.keep_RK]
-        found, times = np.unique(chosen, return_counts=True)
-        pairs = zip(found.tolist(), times.tolist(), strict=True)
-        counts.update({ExpertKey(number, expert): count for expert, count in pairs})
-    return [key for key, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:slots]]
 
 
 def _number(text: str) -> Any:

@@ -124,6 +124,19 @@ def find_composition(text: str) -> Composition:
     return composition(text)
 
 
+def require_exact(name: str, found: Composition) -> None:
+    """Refuse a composition that changes the output: no engine or simulator here stores two precisions.
+
+    Raises:
+        UsageError: names its exact part.
+    """
+    if found.precision is not None or not found.exact:
+        part = f"its exact part is {name}-exact" if f"{name}-exact" in COMPOSITIONS else "leave precision out"
+        raise UsageError(
+            f"{name} computes some experts in a second, lower precision, which is not stored here; {part}"
+        )
+
+
 def read_composition(path: Path) -> Composition:
     """Read a composition of one's own.
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from gangline.core.errors import UsageError
 from gangline.core.home import cache_dir
-from gangline.policies.compositions import Composition, composition, find_composition, to_dict
+from gangline.policies.compositions import Composition, composition, find_composition, require_exact, to_dict
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +72,7 @@ def require_live(name: str, found: Composition) -> None:
     Raises:
         UsageError: the composition changes the output, or knows the future.
     """
-    if found.precision is not None or not found.exact:
-        exact = f"{name}-exact"
-        raise UsageError(
-            f"{name} computes some experts in a second, lower precision, which only the simulator has; "
-            f"its exact part is --policy {exact}"
-        )
+    require_exact(name, found)
     if found.predictor == "oracle" or found.cache in ("belady", "belady-bypass", "window-oracle"):
         raise UsageError(f"{name} knows the future, as only the simulator does; choose another policy")
 

@@ -113,6 +113,15 @@ class Level:
         self.policy.admitted(key)
         return True
 
+    def cancel(self, key: ExpertKey, now: float) -> None:
+        """Take back a request of which no byte has moved and that no event waits for."""
+        transfer = self._pending(key)
+        if transfer is None or key in self._leases or not self.link.cancel(transfer, now):
+            return
+        del self._arrivals[key]
+        self.policy.evicted(key)
+        self.prefetched.pop(key, None)
+
     def pass_through(self, key: ExpertKey, now: float) -> Transfer:
         """Start the transfer of an expert that will have no slot (bypass)."""
         return self._bring(key, Priority.DEMAND, now)

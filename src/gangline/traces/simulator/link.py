@@ -61,6 +61,15 @@ class Link:
         self._queue.append(transfer)
         return transfer
 
+    def cancel(self, transfer: Transfer, now: float) -> bool:
+        """Drop a transfer of which no byte has moved; False if it is too late."""
+        self.advance(now)
+        if transfer.left < transfer.nbytes or transfer not in self._queue:
+            return False
+        self._queue.remove(transfer)
+        self.moved[transfer.priority] -= transfer.nbytes
+        return True
+
     def advance(self, until: float) -> None:
         """Move bytes up to the time ``until``; a chunk that has begun is finished."""
         while self._clock < until and self._queue:

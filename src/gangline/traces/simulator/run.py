@@ -6,9 +6,9 @@ admitted. Replaying one access at a time instead inflates recency policies and c
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gangline.core.errors import UsageError
 from gangline.core.events import RoutingEvent
@@ -50,6 +50,7 @@ class Setup:
         run_experts: several tokens: how many experts in a row the engine computes before it gives their
             slots free. One token takes all that are there.
         in_place: which misses the CPU pool computes; needs ``machine.in_place``.
+        embed: the model's embeddings ``[T, D]`` of token ids, for predictors that read them.
     """
 
     geometry: MoEGeometry
@@ -61,6 +62,7 @@ class Setup:
     dense_prefetch: float | None = None
     run_experts: int = 1
     in_place: InPlace | None = None
+    embed: Callable[[Sequence[int]], Any] | None = None
 
 
 @dataclass
@@ -111,6 +113,8 @@ class _Simulation:
         self.top = below
         self.step: int | None = None
         self.request: int | None = None
+        self.queued: set[ExpertKey] = set()
+        self._top_k = max(layer.top_k for layer in setup.geometry.layers)
 
     def event(self, event: RoutingEvent) -> None:
         """Replay one event."""
@@ -123,13 +127,13 @@ class _Simulation:
         self._boundaries(event)
         start = self.now
         self._compute(self.setup.machine.layer(event.tokens))
+        self._drop_stale(event)
         late = sum(self._late(ExpertKey(event.layer, e)) for e in event.experts)
         fetched = sum(ExpertKey(event.layer, e) in self.top.prefetched for e in event.experts)
         hits = set(self.top.note(event))
         counts = self.counters.phases[event.phase]
         counts.count(event, hits, late, fetched)
         _EventRun(self, event, hits).go()
-        self._forecast(event)
         counts.seconds += self.now - start
 
     def finish(self) -> Run:
@@ -175,7 +179,11 @@ class _Simulation:
         self.step = event.step
         if detail is not None and detail.token_ids_T is not None:
             ids = detail.token_ids_T.tolist()
-            self._act([f for p in self.setup.predictors for f in p.on_request(event.step, ids)])
+            embed = self.setup.embed
+            x_TD = None
+            if embed is not None and any("embeddings" in p.needs for p in self.setup.predictors):
+                x_TD = embed(ids)
+            self._act([f for p in self.setup.predictors for f in p.on_request(event.step, ids, x_TD)])
 
     def _end_step(self) -> None:
         assert self.step is not None
@@ -193,7 +201,17 @@ class _Simulation:
             yield level
             level = level.below
 
-    def _forecast(self, event: RoutingEvent) -> None:
+    def _drop_stale(self, event: RoutingEvent) -> None:
+        """Cancel reads for this layer that its router did not ask for."""
+        prefetcher = self.setup.prefetcher
+        if prefetcher is None or not self.queued:
+            return
+        for key in prefetcher.stale(event, self.queued):
+            self.top.cancel(key, self.now)
+        self.queued = {key for key in self.queued if key.layer != event.layer}
+
+    def forecast(self, event: RoutingEvent) -> None:
+        """Let the predictors see an event all of whose misses are requested."""
         self._act([f for p in self.setup.predictors for f in p.after_gate(event)])
 
     def _act(self, forecasts: list[Forecast]) -> None:
@@ -202,11 +220,17 @@ class _Simulation:
             return
         for level in self._all_levels():
             level.policy.on_forecast(forecasts)
-        if self.setup.prefetcher is None:
+        prefetcher = self.setup.prefetcher
+        if prefetcher is None:
             return
-        for fetch in self.setup.prefetcher.plan(forecasts, self.top.holds):
-            if not self.top.holds(fetch.key):
-                self.top.request(fetch.key, fetch.priority, self.now)
+        self.top.link.advance(self.now)
+        coming = sum(map(self.top.coming, self.queued))
+        room = prefetcher.room(self.top.spec.slots, self._top_k, coming)
+        if not room:
+            return
+        for fetch in prefetcher.plan(forecasts, self.top.holds, room):
+            if not self.top.holds(fetch.key) and self.top.request(fetch.key, fetch.priority, self.now):
+                self.queued.add(fetch.key)
 
 
 @dataclass
@@ -225,6 +249,7 @@ class _EventRun:
     spared: set[int] = field(default_factory=set)
     slotless: dict[int, Transfer] = field(default_factory=dict)
     pool_done: float = 0.0
+    told: bool = False
 
     def go(self) -> None:
         """Compute all experts of the event."""
@@ -240,8 +265,10 @@ class _EventRun:
             for expert in sorted(self.hits):
                 self._hold(expert)
         self._request_missing()
+        self._tell()
         while self.waiting or self.missing or self.slotless:
             experts = self._take_ready(in_order)
+            self._tell()
             for expert in experts:
                 simulation.compute_expert(counts[expert])
             for expert in experts:
@@ -254,6 +281,12 @@ class _EventRun:
         if self.pool_done > simulation.now:
             self._stall("in_place", self.pool_done)
         simulation.top.link.slow = False
+
+    def _tell(self) -> None:
+        """Let predictors see the event once all its misses are requested, so that no prefetch delays one."""
+        if not self.told and not self.missing:
+            self.told = True
+            self.simulation.forecast(self.event)
 
     def _in_place(self, counts: dict[int, int]) -> set[int]:
         """Hand some misses to the CPU pool, which works beside the device."""
