@@ -21,7 +21,29 @@ struct Codec {
     int group = 32;
     bool has_zeros = false;
     int unit = 1;  // columns come in multiples of it
+    SparsePattern sparse = {};
 };
+
+// The patterns N:M of the Samoyeds paper and what lies between them; more would only lengthen the list.
+void add_sparse(std::map<std::string, Codec>& known) {
+    const auto add = [&](int n, int m, int v) {
+        const SparsePattern pattern{n, m, v};
+        const std::string name =
+            "samoyeds16:" + std::to_string(n) + ":" + std::to_string(m) + ":" + std::to_string(v) + "/";
+        known[name + "bf16"] = {Format::sparse_bf16, 0, false, 1, pattern};
+        known[name + "fp16"] = {Format::sparse_f16, 0, false, 1, pattern};
+        for (const int group : {32, 64, 128}) {
+            known[name + "int8g" + std::to_string(group)] = {Format::sparse_int8, group, false, 1, pattern};
+            known[name + "int4g" + std::to_string(group)] = {Format::sparse_int4, group, false, 1, pattern};
+        }
+    };
+    for (const int v : {16, 32, 64, 128, 256}) {
+        for (const int m : {1, 2, 4, 8}) {
+            for (int n = 1; n <= m; ++n) add(n, m, v);
+        }
+        for (const int n : {2, 4, 8, 12}) add(n, 16, v);
+    }
+}
 
 std::map<std::string, Codec> known_codecs() {
     std::map<std::string, Codec> known{
@@ -40,6 +62,7 @@ std::map<std::string, Codec> known_codecs() {
             known[name + "z"] = {format, group, true};
         }
     }
+    add_sparse(known);
     return known;
 }
 
@@ -52,7 +75,7 @@ Matrix make_matrix(std::uintptr_t data, int rows, int cols, const std::string& c
         throw std::invalid_argument("a " + codec + " matrix cannot have " + std::to_string(rows) + " rows and " +
                                     std::to_string(cols) + " columns");
     }
-    return {reinterpret_cast<const std::uint8_t*>(data), rows, cols, c.format, c.group, c.has_zeros};
+    return {reinterpret_cast<const std::uint8_t*>(data), rows, cols, c.format, c.group, c.has_zeros, c.sparse};
 }
 
 std::vector<std::string> native_formats() {

@@ -13,7 +13,7 @@ namespace gangline {
 struct Kernels {
     const char* name;
     // Indexed by Format.
-    MatmulRows matmul[11];
+    MatmulRows matmul[formats];
     // Rounds rows [tokens, cols] of fp32 to int8 groups: scale = max|x| / 127, q = round to nearest even. Fills columns up
     // to `padded` with zeros.
     void (*quantize_rows)(const float* x, std::ptrdiff_t stride, int tokens, int cols, int group, int padded,

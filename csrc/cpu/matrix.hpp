@@ -7,8 +7,18 @@
 namespace gangline {
 
 // How the weights of a matrix lie in bytes. `tile_*`: the project's own 16-row tiles (see tile_layout.hpp); `q*`: ggml
-// blocks, row after row; `f*`, `bf16`: plain numbers, row after row.
-enum class Format : int { f32, f16, bf16, tile_int2, tile_int3, tile_int4, tile_int8, tile_mxfp4, q4_0, q8_0, q4_k };
+// blocks, row after row; `f*`, `bf16`: plain numbers, row after row; `sparse_*`: tiles of what the two-level pattern of
+// Samoyeds keeps (see sparse_layout.hpp), as plain numbers or codes.
+enum class Format : int {
+    f32, f16, bf16, tile_int2, tile_int3, tile_int4, tile_int8, tile_mxfp4, q4_0, q8_0, q4_k,
+    sparse_bf16, sparse_f16, sparse_int8, sparse_int4
+};
+constexpr int formats = 15;
+
+// Of every `m` rows, `n` are kept in each segment of `v` columns; in what is kept, two of every four columns.
+struct SparsePattern {
+    int n = 1, m = 1, v = 64;
+};
 
 // One weight matrix (rows = out features, cols = in features); it does not own its bytes.
 struct Matrix {
@@ -16,17 +26,24 @@ struct Matrix {
     int rows = 0;
     int cols = 0;
     Format format = Format::f32;
-    int group = 32;         // columns that share a scale (tiles only)
+    int group = 32;         // columns that share a scale (tiles); kept values of a row that do (sparse codes)
     bool has_zeros = false;  // asymmetric: a zero point beside each scale (integer tiles only)
+    SparsePattern sparse;    // sparse_* only
 };
 
 // Integer formats multiply with activations rounded to int8, one scale per group of columns.
-constexpr bool needs_int8_activations(Format format) { return format >= Format::tile_int2; }
+constexpr bool needs_int8_activations(Format format) {
+    return format >= Format::tile_int2 && format != Format::sparse_bf16 && format != Format::sparse_f16;
+}
 
-// Columns that share one activation scale, so that it coincides with the groups of the weights.
+// Of sparse codes, whose groups are 64 columns and more.
+constexpr int sparse_activation_group = 64;
+
+// Columns that share one activation scale, so that no group of the weights ends inside them.
 constexpr int activation_group(const Matrix& w) {
     switch (w.format) {
         case Format::q4_0: case Format::q8_0: case Format::q4_k: return 32;
+        case Format::sparse_int8: case Format::sparse_int4: return sparse_activation_group;
         default: return w.group;
     }
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "matrix.hpp"
+#include "sparse_layout.hpp"
 #include "tile_layout.hpp"
 
 namespace gangline {
@@ -18,6 +19,10 @@ inline std::size_t row_offset(const Matrix& w, int row) {
         case Format::q4_0: return r * (cols / 32 * 18);
         case Format::q8_0: return r * (cols / 32 * 34);
         case Format::q4_k: return r * (cols / 256 * 144);
+        case Format::sparse_bf16: case Format::sparse_f16: case Format::sparse_int8: case Format::sparse_int4: {
+            const SparseLayout tile = SparseLayout::of(w);
+            return r / static_cast<std::size_t>(tile.rows) * tile.tile_bytes;
+        }
         default: return r / tile_rows * TileLayout::of(w).block_bytes;
     }
 }

@@ -1,0 +1,94 @@
+// AVX2: two vectors for the 16 lanes of a sparse tile. Codes are multiplied as magnitudes times activations with the sign of
+// the codes, which no pair overflows 16 bits with.
+#pragma once
+
+#include <immintrin.h>
+
+#include "sparse_layout.hpp"
+
+namespace gangline {
+namespace {
+
+struct SparseAvx2 {
+    static constexpr int vectors = 2;
+    static constexpr int prefetch_ahead = 2048;
+    template <Format>
+    static constexpr int sparse_streams = 1;
+    using Floats = __m256;
+    using Dot = __m256i;
+
+    static __m256i load(const std::uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+    template <int N>
+    static __m256i shift_words(__m256i words) {
+        if constexpr (N == 0) return words;
+        else return _mm256_srli_epi32(words, N);
+    }
+
+    struct Pair {
+        __m256 first, second;
+    };
+    template <Format F>
+    static Pair numbers(const std::uint8_t* p) {
+        const __m256i words = load(p);
+        if constexpr (F == Format::sparse_bf16) {
+            return {_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)),
+                    _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xFFFF0000U))))};
+        } else {
+            // In every 128 bits the first halves before the second ones, then these halves beside each other.
+            const __m256i order = _mm256_broadcastsi128_si256(
+                _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+            const __m256i parted = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(words, order), 0xD8);
+            return {_mm256_cvtph_ps(_mm256_castsi256_si128(parted)), _mm256_cvtph_ps(_mm256_extracti128_si256(parted, 1))};
+        }
+    }
+    static __m256 broadcast_floats(const float* x) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(x)); }
+    static __m256 pick(__m256 four, __m256i positions) { return _mm256_permutevar_ps(four, positions); }
+
+    // Of each byte the two bits from N on, as a position among 16 bytes of which byte c of a word reads 4c to 4c + 3.
+    template <int N>
+    static __m256i byte_places(__m256i words) {
+        return _mm256_or_si256(_mm256_and_si256(shift_words<N>(words), _mm256_set1_epi32(0x03030303)),
+                               _mm256_set1_epi32(0x0C080400));
+    }
+    static __m256i broadcast_bytes(const std::int8_t* q) {
+        return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
+    }
+    static __m256i pick_bytes(__m256i sixteen, __m256i places) { return _mm256_shuffle_epi8(sixteen, places); }
+    template <Format F, int P>
+    static __m256i codes(const std::uint8_t* values) {
+        if constexpr (F == Format::sparse_int8) {
+            return load(values + P * 64);
+        } else {
+            const __m256i pair = load(values + P / 2 * 64);
+            return _mm256_and_si256(P % 2 == 0 ? pair : _mm256_srli_epi16(pair, 4), _mm256_set1_epi8(15));
+        }
+    }
+
+    static Dot no_products() { return _mm256_setzero_si256(); }
+    template <Format F>
+    static void add_products(Dot& dot, __m256i codes, __m256i x) {
+        const __m256i value =
+            _mm256_sub_epi8(codes, _mm256_set1_epi8(static_cast<char>(F == Format::sparse_int8 ? 128 : 8)));
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(value), _mm256_sign_epi8(x, value));
+        dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+    static __m256 to_floats(const Dot& dot) { return _mm256_cvtepi32_ps(dot); }
+
+    static __m256 load_halves(const std::uint8_t* p) {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static __m256 where(const std::uint8_t* shifts, int a) {
+        const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(shifts)));
+        return _mm256_castsi256_ps(_mm256_cmpeq_epi32(wide, _mm256_set1_epi32(a)));
+    }
+    static __m256 add_where(__m256 acc, __m256 here, __m256 sum) { return _mm256_add_ps(acc, _mm256_and_ps(here, sum)); }
+    static __m256 zero_floats() { return _mm256_setzero_ps(); }
+    static __m256 floats(float a) { return _mm256_set1_ps(a); }
+    static __m256 plus(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
+    static __m256 times(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }
+    static __m256 fused(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+    static void store(float* y, __m256 a) { _mm256_storeu_ps(y, a); }
+};
+
+}  // namespace
+}  // namespace gangline
