@@ -33,12 +33,13 @@ class TokenTable(nn.Module):
 
     @classmethod
     def of(cls, statistics: TokenStatistics) -> "TokenTable":
-        """Return the counts of ``statistics``; every layer must have seen the same tokens."""
+        """Return the counts of ``statistics``; a token that a layer has not seen counts 0 there."""
         tables = statistics.tables()
-        found = cls(statistics.experts, len(tables[0][0]), statistics.prior)
-        found.tokens_N.copy_(torch.from_numpy(tables[0][0]))
-        for parameter, (_, counts_NE) in zip(found.counts, tables, strict=True):
-            parameter.copy_(torch.from_numpy(counts_NE))
+        seen_N = np.unique(np.concatenate([tokens for tokens, _ in tables]))
+        found = cls(statistics.experts, len(seen_N), statistics.prior)
+        found.tokens_N.copy_(torch.from_numpy(seen_N))
+        for parameter, (tokens, counts) in zip(found.counts, tables, strict=True):
+            parameter[torch.from_numpy(np.searchsorted(seen_N, tokens))] = torch.from_numpy(counts).float()
         return found
 
     @property
