@@ -65,12 +65,15 @@ def load_arguments(options: ModelOptions, compute: ComputeOptions | None = None)
     """Return the keyword arguments of ``gangline.load`` (without ``compute``: of ``gangline.plan``).
 
     Raises:
-        UsageError: the memory size cannot be read.
+        UsageError: the memory size cannot be read, or there is no such policy.
     """
     arguments = {**dataclasses.asdict(options), "dtype": torch_dtype(options.dtype)}
     if isinstance(options, BudgetOptions) and options.memory is not None:
         arguments["memory"] = parse_size(options.memory)
     if compute is not None:
+        from gangline.runtime.policy_choice import asked_policy
+
+        asked_policy(compute.policy, compute.predictor)  # refused before anything is read
         arguments.update(
             threads=compute.threads, io=compute.io, policy=compute.policy, predictor=compute.predictor
         )

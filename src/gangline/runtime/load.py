@@ -67,7 +67,7 @@ def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
     check_conformance(view)
     if opened.gguf is not None:
         loaded.config.name_or_path = str(opened.gguf.path)
-    return run_from_store(
+    model_run = run_from_store(
         loaded,
         view,
         plan,
@@ -77,6 +77,8 @@ def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
         progress=asked.progress,
         policy=policy or _tuned(opened, asked, plan) or DEFAULT,
     )
+    model_run.gangline.identity = opened.identity  # type: ignore[union-attr]
+    return model_run
 
 
 def _tuned(opened: OpenedModel, asked: LoadOptions, plan: MemoryPlan) -> PolicyChoice | None:

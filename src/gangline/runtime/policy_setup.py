@@ -13,10 +13,11 @@ from gangline.policies.parts import Material, Parts, build_parts
 from gangline.policies.predictors.next_gate import Gate
 from gangline.runtime.engine import Engine
 from gangline.runtime.planner import MemoryPlan
-from gangline.runtime.policy_choice import PolicyChoice
+from gangline.runtime.policy_choice import DEFAULT, PolicyChoice
 from gangline.runtime.policy_driver import PolicyDriver
 from gangline.runtime.router_scores import router_scores
 from gangline.runtime.store import ExpertStore
+from gangline.traces.header import TraceHeader
 
 _FIRST_NUMBERED = re.compile(r"^.*?\.\d+(?=\.|$)")
 
@@ -51,13 +52,24 @@ def _with_trace(material: Material, choice: PolicyChoice, view: MoEView) -> Mate
 
     assert choice.learned is not None
     trace = open_trace(choice.learned)
-    sizes = [(layer.experts, layer.top_k) for layer in view.geometry.layers]
-    if sizes != list(zip(trace.header.experts, trace.header.top_k, strict=True)):
-        raise UsageError(
-            f"{trace.name} is of {trace.header.model}, whose layers have other experts; record this model"
-        )
+    require_trace_of(trace.header, view, trace.name)
     tokens = expert_tokens(trace)
     return Material(view.geometry, material.gates, popular=hottest(tokens, len(tokens)))
+
+
+def require_trace_of(header: TraceHeader, view: MoEView, name: str) -> None:
+    """Refuse a trace of another model.
+
+    Raises:
+        UsageError: its family or its layers differ.
+    """
+    mine = [(layer.experts, layer.top_k) for layer in view.geometry.layers]
+    theirs = list(zip(header.experts, header.top_k, strict=True))
+    if header.family != view.family or mine != theirs:
+        raise UsageError(
+            f"{name} is of {header.model} ({header.family}), whose experts are others than this model's; "
+            "record this model with 'gangline trace'"
+        )
 
 
 def live_parts(choice: PolicyChoice, view: MoEView, plan: MemoryPlan, cache_seed: int | None = None) -> Parts:
@@ -68,6 +80,8 @@ def live_parts(choice: PolicyChoice, view: MoEView, plan: MemoryPlan, cache_seed
     """
     pools = [(count, layers) for _, count, layers in plan.slots]
     parts = build_parts(choice.composition, live_material(choice, view), pools)
+    if plan.everything_resident:  # nothing is ever evicted or read: whoever would look at events need not
+        return build_parts(DEFAULT.composition, Material(view.geometry), pools)
     if cache_seed is None:
         return parts
     return Parts(tuple(RandomEviction(cache_seed) for _ in pools), parts.predictor, parts.prefetcher)

@@ -65,6 +65,7 @@ class Runtime:
         catalog: where the experts are read.
         view: the model's MoE layers, and geometry: their sizes.
         policy: the composition that it runs under.
+        identity: a hash of the model's files; empty for a model that was attached.
         attached: whether the model was built by somebody else and gets its experts back on ``close``.
     """
 
@@ -93,6 +94,7 @@ class Runtime:
         self._stop_policy: Callable[[], None] = lambda: None
         if plan.in_file:
             self._undo.append(leave_in_file(model.get_input_embeddings()))  # type: ignore[operator]
+        self.identity = ""
         self.attached = False
 
     @property
