@@ -16,6 +16,7 @@ from gangline.cli.cmd_plan import plan
 from gangline.cli.cmd_run import run
 from gangline.cli.cmd_simulate import simulate
 from gangline.cli.cmd_trace import trace
+from gangline.cli.cmd_tune import tune
 from gangline.cli.command import command
 from gangline.cli.group import GanglineGroup
 
@@ -50,6 +51,6 @@ def _top(
     """Run Mixture-of-Experts models within the memory you have."""
 
 
-for body in (doctor, plan, run, chat, check, bench, trace, simulate, convert):
+for body in (doctor, plan, run, chat, check, bench, trace, simulate, tune, convert):
     command(app, body.__name__)(body)
 app.add_typer(cache)
