@@ -12,6 +12,8 @@ from torch import Tensor
 
 from gangline.core.layout import ExpertLayout, FieldSpec
 from gangline.formats import get_codec
+from gangline.formats.samoyeds import SparseCodec
+from gangline.formats.samoyeds_arrays import prune_magnitude
 from gangline.kernels.cpu.native_kernel import NativeKernel
 from gangline.kernels.grouping import Grouping, group_by_expert
 from gangline.kernels.reference import ExpertMath, ReferenceKernel
@@ -54,10 +56,7 @@ class Experts:
 
     @classmethod
     def random(cls, layout: ExpertLayout, math: ExpertMath, experts: int) -> "Experts":
-        raws = [
-            tuple(get_codec(f.codec).encode(torch.randn(f.shape) / f.shape[1] ** 0.5) for f in layout.fields)
-            for _ in range(experts)
-        ]
+        raws = [tuple(random_matrix(f) for f in layout.fields) for _ in range(experts)]
         return cls(layout, math, raws)
 
     def native(self, x_TD: Tensor, grouping: Grouping) -> Tensor:
@@ -65,6 +64,15 @@ class Experts:
 
     def reference(self, x_TD: Tensor, grouping: Grouping) -> Tensor:
         return run(ReferenceKernel(self.layout, self.math), self.raws, x_TD.float(), grouping)
+
+
+def random_matrix(spec: FieldSpec) -> Tensor:
+    """Bytes of random weights, pruned where the codec wants a pattern of zeros."""
+    codec = get_codec(spec.codec)
+    weight_OI = torch.randn(spec.shape) / spec.shape[1] ** 0.5
+    return codec.encode(
+        prune_magnitude(weight_OI, codec.pattern) if isinstance(codec, SparseCodec) else weight_OI
+    )
 
 
 def run(

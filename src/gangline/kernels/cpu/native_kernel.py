@@ -18,6 +18,8 @@ from gangline.kernels.cpu import native
 from gangline.kernels.cpu.gates import GateForm, recognise_gate
 from gangline.kernels.reference import ExpertMath, ExpertWeights, ReferenceKernel
 
+# Activations of sparse codes are rounded in groups of so many columns, whatever the groups of the weights.
+_SPARSE_GROUP = 64
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 # From so many rows of one expert on, torch's matrix product of plain numbers is faster, by the
 # dtype of the rows: its bf16 product uses the processor's own bf16 instructions.
@@ -260,6 +262,8 @@ def _activation_group(spec: FieldSpec) -> int:
     """Columns that share an activation scale; 0 for plain numbers, which use none."""
     if _is_dense(spec):
         return 0
+    if spec.codec.startswith("samoyeds16:"):
+        return _SPARSE_GROUP if "/int" in spec.codec else 0
     group = spec.codec.rpartition("g")[2].removesuffix("z")
     return int(group) if spec.codec.startswith("tile16:int") else 32
 
