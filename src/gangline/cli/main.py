@@ -13,8 +13,11 @@ from gangline.cli.cmd_check import check
 from gangline.cli.cmd_convert import convert
 from gangline.cli.cmd_doctor import doctor
 from gangline.cli.cmd_plan import plan
+from gangline.cli.cmd_predict import group as predict
+from gangline.cli.cmd_report import report
 from gangline.cli.cmd_run import run
 from gangline.cli.cmd_simulate import simulate
+from gangline.cli.cmd_sparsify import sparsify
 from gangline.cli.cmd_trace import trace
 from gangline.cli.cmd_tune import tune
 from gangline.cli.command import command
@@ -51,6 +54,7 @@ def _top(
     """Run Mixture-of-Experts models within the memory you have."""
 
 
-for body in (doctor, plan, run, chat, check, bench, trace, simulate, tune, convert):
+for body in (doctor, plan, run, chat, check, bench, trace, simulate, tune, report, convert, sparsify):
     command(app, body.__name__)(body)
 app.add_typer(cache)
+app.add_typer(predict)

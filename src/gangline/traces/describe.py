@@ -73,7 +73,7 @@ def describe_recording(
         revision=revision,
         dtype=str(dtype).removeprefix("torch."),
         backend="transformers" if runtime is None else "gangline",
-        tokenizer_sha256=None if tokenizer is None else _vocabulary_digest(tokenizer),
+        tokenizer_sha256=None if tokenizer is None else vocabulary_digest(tokenizer),
         chat_template_sha256=_digest(template) if isinstance(template, str) else None,
         sampling=sampling or {},
         seed=seed,
@@ -81,7 +81,7 @@ def describe_recording(
     )
 
 
-def _vocabulary_digest(tokenizer: Any) -> str:
+def vocabulary_digest(tokenizer: Any) -> str:
     """Hash what maps text to ids, as far as it can be seen: the vocabulary."""
     return _digest(json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])))
 
