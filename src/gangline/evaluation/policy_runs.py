@@ -7,7 +7,7 @@ Shape suffixes: T tokens, D hidden.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gangline.core.errors import UsageError
 from gangline.evaluation.prompts import TEXT
-from gangline.evaluation.simulation import ModelParts
+from gangline.evaluation.simulation import ModelParts, SimulationSettings
 from gangline.evaluation.speed_run import timed_generation
 from gangline.runtime.router_scores import router_scores
 from gangline.traces import Trace, TraceWriter, open_trace
@@ -169,6 +169,22 @@ def run_live(model: Any, pieces: Sequence[Piece]) -> LiveRun:
         bytes_read=after["total_bytes_read"] - before["total_bytes_read"],
         bytes_ahead=after["bytes_read"]["prefetch"] - before["bytes_read"]["prefetch"],
         stall_seconds=after["stall_seconds"] - before["stall_seconds"],
+    )
+
+
+def at_speed_of(run: LiveRun, settings: SimulationSettings, layers: int) -> SimulationSettings:
+    """Return settings with the speeds of this machine as one live run shows them.
+
+    The link is what the disk gave while somebody waited for it; where nobody did, it is fast enough not to
+    matter. All computing counts as time between the MoE layers, of which there are ``layers``.
+    """
+    waited = run.stall_seconds > 0 and run.bytes_read > 0
+    busy = max(run.seconds - run.stall_seconds, 1e-6)
+    return replace(
+        settings,
+        link=run.bytes_read / run.stall_seconds if waited else 1e12,
+        expert_seconds=0.0,
+        layer_seconds=busy / run.tokens / layers,
     )
 
 

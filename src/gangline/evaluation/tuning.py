@@ -15,7 +15,15 @@ from typing import Any
 
 from gangline.core.errors import UsageError
 from gangline.evaluation.plain import find_checkpoint, load_tokenizer, place
-from gangline.evaluation.policy_runs import LiveRun, Piece, cut_pieces, model_parts, record_pieces, run_live
+from gangline.evaluation.policy_runs import (
+    LiveRun,
+    Piece,
+    at_speed_of,
+    cut_pieces,
+    model_parts,
+    record_pieces,
+    run_live,
+)
 from gangline.evaluation.simulation import ALL, ModelParts, SimulationSettings, simulate_trace
 from gangline.runtime.load import load_model
 from gangline.runtime.policy_choice import DEFAULT, PolicyChoice, asked_policy, store_tuned, tuned_file
@@ -197,26 +205,15 @@ class _Tuning:
 
     def _simulate(self, trace: Trace, first: LiveRun) -> tuple[list[SimReport], tuple[str, ...]]:
         """Return the compositions by modelled speed, and notes on those left out."""
-        layers = len(trace.header.layers)
-        busy = max(first.seconds - first.stall_seconds, 1e-6)
-        # What the disk gave while somebody waited for it; where nobody did, it is fast enough.
-        rate = (
-            first.bytes_read / first.stall_seconds if first.stall_seconds > 0 and first.bytes_read else 1e12
+        settings = SimulationSettings(
+            policies=(),
+            capacities=(str(self.runtime.plan.experts_resident),),
+            systems=(ALL,),
+            oracles=(),
+            calibration=self._calibration(),
         )
-        result = simulate_trace(
-            trace,
-            SimulationSettings(
-                policies=(),
-                capacities=(str(self.runtime.plan.experts_resident),),
-                systems=(ALL,),
-                oracles=(),
-                link=rate,
-                expert_seconds=0.0,
-                layer_seconds=busy / first.tokens / layers,
-                calibration=self._calibration(),
-            ),
-            model=self._parts(),
-        )
+        settings = at_speed_of(first, settings, len(trace.header.layers))
+        result = simulate_trace(trace, settings, model=self._parts())
         rows = [row for row in result.rows if not row.policy.startswith("belady")]
         left_out = tuple(note for note in result.notes if "left out" in note)
         return sorted(rows, key=lambda row: -(row.tokens_per_second or 0.0)), left_out
