@@ -182,6 +182,10 @@ SHAPES: dict[str, Shape] = {
     "qwen3-30b-a3b": Shape("qwen3_moe", _QWEN3),
     "mixtral-8x7b": Shape("mixtral", _MIXTRAL),
     "deepseek-v2-lite": Shape("deepseek_v2", _DEEPSEEK_V2_LITE),
+    "switch-base-8": Shape("switch_transformers", _SWITCH_BASE | {"num_experts": 8}, _encoder_decoder_layers),
+    "switch-base-64": Shape(
+        "switch_transformers", _SWITCH_BASE | {"num_experts": 64}, _encoder_decoder_layers
+    ),
     "switch-base-128": Shape("switch_transformers", _SWITCH_BASE, _encoder_decoder_layers),
     "tiny-olmoe": Shape("olmoe", _OLMOE | _TINY),
     "tiny-qwen3-moe": Shape("qwen3_moe", _QWEN3 | _TINY | {"moe_intermediate_size": 32, "head_dim": 16}),

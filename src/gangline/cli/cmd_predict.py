@@ -187,7 +187,7 @@ def _documents(
     """Record text, or read a trace."""
     if bool(data) == bool(trace):
         raise UsageError("give either --data FILE or --trace DIR")
-    from gangline.evaluation.predictor_data import recorded_texts, routed_texts
+    from gangline.evaluation.predictor_data import recorded, routed_texts, texts_within
     from gangline.traces import open_trace
 
     if trace is not None:
@@ -201,20 +201,14 @@ def _documents(
             )
         return routed_texts(found)
     longest = min(window, ready.model.gangline.plan.rows)
+    items = texts_within(data, ready.tokenizer, window=longest, tokens=tokens)
     with (
         _bar("recording", "token") as progress,
-        recorded_texts(
-            ready.model,
-            name,
-            ready.tokenizer,
-            data,
-            window=longest,
-            tokens=tokens,
-            extras=extras,
-            on_item=progress,
-        ) as recorded,
+        recorded(
+            ready.model, name, items, extras=extras, tokenizer=ready.tokenizer, on_item=progress
+        ) as found,
     ):
-        return routed_texts(recorded)
+        return routed_texts(found)
 
 
 def _about(

@@ -49,30 +49,25 @@ class RoutedText:
 
 
 @contextmanager
-def recorded_texts(
+def recorded(
     model: Any,
     name: str,
-    tokenizer: Any,
-    paths: Sequence[Path],
+    items: Sequence[Item],
     *,
-    window: int,
-    tokens: int,
     extras: Sequence[Extra] = (),
+    tokenizer: Any = None,
     on_item: Callable[[int, int], None] | None = None,
 ) -> Iterator[Trace]:
-    """Run texts through a model and yield their trace, which is gone when the block ends.
+    """Run documents through a model and yield their trace, which is gone when the block ends.
 
     Args:
         model: plain, loaded or attached; of an encoder-decoder model the encoder runs.
         name: what the user calls it.
-        tokenizer: its tokenizer.
-        paths: text files (see ``traces.texts``); each gives an equal part of ``tokens``, from its beginning.
-        window: tokens of one document.
-        tokens: tokens in all, about.
+        items: the documents.
         extras: what the trace must hold beside experts and weights.
+        tokenizer: that made the tokens.
         on_item: told after each document how many of how many tokens are done.
     """
-    items = _share_out(paths, tokenizer, window, tokens)
     total = sum(len(item.ids) for item in items)
     stack: Stack | None = "encoder" if model.config.is_encoder_decoder else None
     header = describe_recording(model, name, extras=extras, stack=stack, tokenizer=tokenizer)
@@ -90,7 +85,12 @@ def recorded_texts(
         yield open_trace(Path(folder) / "trace")
 
 
-def _share_out(paths: Sequence[Path], tokenizer: Any, window: int, tokens: int) -> list[Item]:
+def texts_within(paths: Sequence[Path], tokenizer: Any, *, window: int, tokens: int) -> list[Item]:
+    """Cut text files into documents; each file gives an equal part of ``tokens``, from its beginning.
+
+    Raises:
+        UsageError: a file cannot be read, or holds no text.
+    """
     out: list[Item] = []
     for number, path in enumerate(paths):
         budget = (tokens - sum(len(item.ids) for item in out)) // (len(paths) - number)
