@@ -97,10 +97,17 @@ def keep_mask(score_OI: Tensor, pattern: SparsePattern) -> Tensor:
 
 def keep_groups(score_XI: Tensor) -> Tensor:
     """Level 2 alone: the two best of every four columns (bool); the last size must be a multiple of 4."""
-    group_XQ4 = score_XI.unflatten(-1, (-1, GROUP))
-    order = group_XQ4.sort(dim=-1, descending=True, stable=True).indices[..., :KEPT]
-    mask = torch.zeros_like(group_XQ4, dtype=torch.bool).scatter_(-1, order, True)
-    return mask.flatten(-2)
+    # The first of two wins if it is not smaller; who wins two of its three comparisons is kept. Several times
+    # faster than sorting fours.
+    a, b, c, d = torch.nan_to_num(score_XI, nan=torch.inf).unflatten(-1, (-1, GROUP)).unbind(-1)
+    ab, ac, ad, bc, bd, cd = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d
+    kept = (_two(ab, ac, ad), _two(~ab, bc, bd), _two(~ac, ~bc, cd), _two(~ad, ~bd, ~cd))
+    return torch.stack(kept, dim=-1).flatten(-2)
+
+
+def _two(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """At least two of three."""
+    return (x & y) | (z & (x | y))
 
 
 def keep_subrows(score_BMS: Tensor, n: int) -> Tensor:

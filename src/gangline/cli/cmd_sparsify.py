@@ -1,0 +1,159 @@
+"""``gangline sparsify``: prune the experts of a MoE under the two-level pattern of Samoyeds."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from gangline.cli.options import ModelArgument, option
+from gangline.cli.output import Output
+from gangline.core.errors import UsageError
+from gangline.core.sizes import format_size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from gangline.evaluation.sparsification import SparsifyReport
+
+SparsifyMethod = Literal["magnitude", "wanda", "sparsegpt", "alps"]
+_MUCH = 1.1
+
+
+def sparsify(
+    out: Output,
+    model: ModelArgument,
+    output: Annotated[
+        Path | None,
+        option("--output", "-o", metavar="DIR", help="Folder to write, packed: this program runs it."),
+    ] = None,
+    dense: Annotated[
+        Path | None,
+        option(
+            "--dense", metavar="DIR", help="Folder to write with the zeros stored: transformers loads it."
+        ),
+    ] = None,
+    pattern: Annotated[
+        str,
+        option("--pattern", metavar="N:M:V", help="1:2:32 and the like: 75 % zeros; 3:4:32: 62.5; 2:4: 50."),
+    ] = "2:4",
+    method: Annotated[
+        SparsifyMethod, option("--method", help="How weights are chosen, and the others corrected.")
+    ] = "sparsegpt",
+    values: Annotated[
+        str | None,
+        option("--values", metavar="TYPE", help="bf16, fp16, int8, int4, int4g64. (Default: as stored.)"),
+    ] = None,
+    data: Annotated[
+        Path | None, option("--data", metavar="FILE", help="Text to calibrate on, of the kind you will use.")
+    ] = None,
+    held_out: Annotated[
+        Path | None,
+        option("--held-out", metavar="FILE", help="Text to judge by. (Default: the last tenth of --data.)"),
+    ] = None,
+    tokens: Annotated[int, option("--tokens", help="Calibration tokens at most.", min=2)] = 32768,
+    window: Annotated[int, option("--window", help="Tokens of one piece of text.", min=2)] = 512,
+    min_tokens: Annotated[
+        int, option("--min-tokens", help="Experts with fewer are calibrated on the layer's tokens.", min=1)
+    ] = 128,
+    permute: Annotated[
+        bool, option("--permute", help="Order the intermediate channels so that more is kept.")
+    ] = False,
+    no_measure: Annotated[
+        bool, option("--no-measure", help="Do not measure perplexity before and after.")
+    ] = False,
+    revision: Annotated[
+        str | None, option("--revision", help="Branch, tag or commit of a hub model.")
+    ] = None,
+) -> None:
+    """Prune the experts to 50, 62.5, 75 % zeros or more (approximate), and say what it cost."""
+    if data is None:
+        raise UsageError("give --data FILE: text of the kind that the model will see")
+    for folder in (output, dense):
+        if folder is not None and folder.exists():
+            raise UsageError(f"{folder} exists already; name another place, or remove it first")
+    from gangline.compress.sparsify import SparsifySettings
+    from gangline.evaluation.sparsification import SparsifyTexts, sparsify_checkpoint
+
+    settings = SparsifySettings(
+        pattern=pattern,
+        method=method,
+        precision=values or "stored",
+        min_tokens=min_tokens,
+        permute=permute,
+    )
+    texts = SparsifyTexts(_read(data), None if held_out is None else _read(held_out), tokens, window=window)
+    with _bar() as progress:
+        report = sparsify_checkpoint(
+            model,
+            output,
+            texts=texts,
+            settings=settings,
+            dense=dense,
+            measure=not no_measure,
+            revision=revision,
+            progress=progress,
+        )
+    out.data(report.to_dict())
+    if not out.json:
+        out.show(_table(report))
+        for line in _lines(report):
+            out.show(line)
+
+
+def _table(report: "SparsifyReport") -> "Table":
+    from rich.table import Table
+
+    table = Table(title=f"{report.model}: {report.settings.pattern}, {report.settings.method}")
+    for heading in ("layer", "kept energy", "lowest", "expert", "output error", "few tokens"):
+        table.add_column(heading, justify="left" if heading in ("layer", "few tokens") else "right")
+    for layer in report.layers:
+        means = {e.expert: sum(m.kept for m in e.matrices) / len(e.matrices) for e in layer.experts}
+        lowest = min(means, key=lambda expert: means[expert])
+        error = "" if layer.error is None else f"{layer.error:.3f}"
+        few = ", ".join(map(str, layer.poor))
+        table.add_row(layer.name, f"{layer.kept:.1%}", f"{means[lowest]:.1%}", str(lowest), error, few)
+    return table
+
+
+def _lines(report: "SparsifyReport") -> Iterator[str]:
+    bits = f"{report.bits_per_weight:.3f} bits a weight instead of {report.stored_bits_per_weight:g}"
+    ratio = report.stored_bits_per_weight / report.bits_per_weight
+    yield f"experts: {format_size(report.expert_bytes)} packed, {bits} ({ratio:.2f} times smaller)"
+    if report.poor:
+        count = sum(len(experts) for experts in report.poor.values())
+        yield (
+            f"{count} experts saw fewer than {report.settings.min_tokens} tokens and were calibrated on "
+            "their layer's; give more --data"
+        )
+    before, after = report.perplexity_before, report.perplexity_after
+    if before is not None and after is not None:
+        yield (
+            f"perplexity on {report.held_out_tokens:,} held-out tokens: {before:.2f} before, "
+            f"{after:.2f} after ({after / before:.2f}x)"
+        )
+        if after > _MUCH * before:
+            yield "that is a large loss: a milder pattern (2:4), another method or more text may cost less"
+    for kind, folder in report.folders.items():
+        yield f"{kind}: {folder}"
+
+
+@contextmanager
+def _bar() -> Iterator[Any]:
+    from tqdm import tqdm
+
+    with tqdm(unit="expert", disable=None) as bar:
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.set_description(what, refresh=done == 0)
+            if total:
+                bar.total = total
+                bar.update(done - bar.n)
+
+        yield progress
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the text {file}: {error}") from error
