@@ -22,11 +22,32 @@ def write_codecs(folder: Path) -> None:
     (folder / "codecs.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def write_policies(folder: Path) -> None:
+    """Every composition with its parts."""
+    from gangline.policies.compositions import COMPOSITIONS
+
+    lines = [
+        "| name | cache | slots | predictor | reads ahead | live | differs from the paper, or is left out |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, found in COMPOSITIONS.items():
+        predictor = "" if found.predictor == "none" else f"`{found.predictor}`"
+        if predictor and found.ahead:
+            predictor += f", {found.ahead} ahead"
+        prefetcher = "" if found.prefetcher is None else f"`{found.prefetcher}`"
+        scope = "per layer" if found.scope == "layer" else "one pool"
+        live = "exact" if found.exact else "refused: approximate"
+        cells = (f"`{name}`", f"`{found.cache}`", scope, predictor, prefetcher, live, found.left_out)
+        lines.append(f"| {' | '.join(cells)} |")
+    (folder / "policies.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def generate(app: Sphinx) -> None:
     folder = Path(app.srcdir) / "reference" / "generated"
     folder.mkdir(parents=True, exist_ok=True)
     write_cli(folder)
     write_codecs(folder)
+    write_policies(folder)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -108,7 +108,7 @@ def test_bench_of_a_shape(gangline):
 
 def test_bench_records_a_trace_and_replays_it(gangline, only_error, folder, tmp_path):
     short = ["--prompt-tokens", "8", "--new-tokens", "3", "-r", "1"]
-    trace = tmp_path / "routing.npz"
+    trace = tmp_path / "routing"
     result = gangline("bench", folder, *short, "--record", trace)
     assert result.exit_code == 0, result.stderr
     result = gangline("bench", folder, *short, "--replay", trace, "--json", "--batch", "2")
@@ -120,7 +120,7 @@ def test_bench_records_a_trace_and_replays_it(gangline, only_error, folder, tmp_
         gangline("bench", folder, "--replay", trace, "--record", tmp_path / "x")
     )
     assert "exists already" in only_error(gangline("bench", folder, "--record", trace))
-    assert "not a routing trace" in only_error(gangline("bench", folder, "--replay", folder / "config.json"))
+    assert "is not a trace" in only_error(gangline("bench", folder, "--replay", folder / "config.json"))
     other = gangline("bench", "--shape", "tiny-olmoe:2", *short, "--replay", trace)
     assert other.exit_code == 2
     assert "use a trace of this model" in other.stderr
@@ -130,7 +130,7 @@ def test_bench_records_a_trace_and_replays_it(gangline, only_error, folder, tmp_
     ("arguments", "said"),
     [
         (["--compare", "ollama"], "choose from llama.cpp, transformers"),
-        (["--compare", "transformers", "--record", "x.npz"], "leave --compare out"),
+        (["--compare", "transformers", "--record", "x"], "leave --compare out"),
         (["--compare", "llama.cpp"], "pip install llama-cpp-python"),
         (["--batch", "0"], "--batch"),
     ],

@@ -1,74 +1,74 @@
-"""Record which experts a model uses, as a trace that :func:`~gangline.benchmarks.replay.replay` plays back.
+"""Record the routing of whatever a model computes inside a block, one document per sequence and run."""
 
-Shape suffixes: N tokens of the trace, L MoE layers, K experts per token, T rows of one forward pass.
-"""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor
 
-from gangline.benchmarks.replay import RoutingTrace, is_choice, moe_layers
-from gangline.core.errors import UsageError
+from gangline.traces.describe import describe_recording
+from gangline.traces.header import Extra
+from gangline.traces.hooks import observe
+from gangline.traces.observer import LayerRouting
+from gangline.traces.recorder import Recorder
+from gangline.traces.writer import TraceWriter
 
 
-class Recorder:
-    """What the routers of a model chose so far; made by :func:`record`."""
+class Generations:
+    """An observer that begins new documents with every prompt: a pass of several tokens.
 
-    def __init__(self, layers: list[str]) -> None:
-        self._names = layers
-        self._ids: list[list[NDArray[np.int32]]] = [[] for _ in layers]
-        self._weights: list[list[NDArray[np.float32]]] = [[] for _ in layers]
+    Args:
+        recorder: that writes them.
+        about: what the documents are called.
+    """
 
-    def note(self, layer: int, args: tuple[Any, ...]) -> None:
-        """Take down one call of the experts of a layer.
+    def __init__(self, recorder: Recorder, about: str) -> None:
+        self.wants: Collection[Extra] = recorder.wants
+        self._recorder, self._about = recorder, about
+        self._open = ExitStack()
+        self._generations = self._sequences = 0
 
-        Raises:
-            UsageError: the model does not hand ``(hidden, ids, weights)`` to its experts.
-        """
-        if len(args) < 3 or not is_choice(args[1]):
-            raise UsageError(
-                f"{self._names[layer]} does not take (hidden, ids, weights), so its routing cannot be "
-                "recorded; record another model"
-            )
-        self._ids[layer].append(args[1].numpy(force=True).astype(np.int32))
-        self._weights[layer].append(args[2].float().numpy(force=True))
+    def on_pass(self, ids_BS: Tensor | None, keep_BS: Tensor | None, shape: tuple[int, int]) -> None:
+        """See RoutingObserver."""
+        if shape[1] > 1 or shape[0] != self._sequences:
+            self.close()
+            self._generations += 1
+            self._sequences = shape[0]
+            sources = [f"{self._about}, run {self._generations}, sequence {row}" for row in range(shape[0])]
+            self._open.enter_context(self._recorder.documents(sources))
+        self._recorder.on_pass(ids_BS, keep_BS, shape)
 
-    def trace(self, about: str) -> RoutingTrace:
-        """Return everything recorded, tokens in the order in which they were computed.
+    def on_routing(self, layer: int, routing: LayerRouting) -> None:
+        """See RoutingObserver."""
+        self._recorder.on_routing(layer, routing)
 
-        Args:
-            about: a sentence on where it comes from.
+    def on_predicted(self, ids_BS: Tensor) -> None:
+        """See RoutingObserver."""
+        self._recorder.on_predicted(ids_BS)
 
-        Raises:
-            UsageError: nothing was recorded, or layers saw different tokens or chose different numbers.
-        """
-        shapes = {tuple(np.concatenate(ids).shape) if ids else None for ids in self._ids}
-        if len(shapes) != 1 or None in shapes:
-            raise UsageError(
-                f"the {len(self._ids)} MoE layers did not all see the same tokens with the same top-k, and a "
-                "trace has one row per token for all layers; record another model"
-            )
-        ids_NLK = np.stack([np.concatenate(ids) for ids in self._ids], axis=1)
-        weights_NLK = np.stack([np.concatenate(weights) for weights in self._weights], axis=1)
-        return RoutingTrace(ids_NLK, "recorded", about, weights_NLK)
+    def close(self) -> None:
+        """End the documents that are open."""
+        self._open.close()
 
 
 @contextmanager
-def record(model: nn.Module) -> Iterator[Recorder]:
-    """Take down the choice of every MoE layer of ``model`` inside the block; nothing else changes."""
-    layers = moe_layers(model)
-    recorder = Recorder([name for name, _, _ in layers])
+def record(model: Any, folder: Path, about: str) -> Iterator[None]:
+    """Write the routing of everything that ``model`` computes inside the block as a trace.
 
-    def watcher(layer: int) -> Any:
-        return lambda module, args: recorder.note(layer, args)
+    Args:
+        model: plain, loaded or attached; not of an encoder and a decoder.
+        folder: new, of the trace.
+        about: what the trace calls the model.
 
-    hooks = [module.register_forward_pre_hook(watcher(layer)) for layer, (_, module, _) in enumerate(layers)]
-    try:
-        yield recorder
-    finally:
-        for hook in hooks:
-            hook.remove()
+    Raises:
+        TraceError: the folder holds something, or the model's passes cannot be recorded.
+    """
+    runtime = getattr(model, "gangline", None)
+    sizes = None if runtime is None else [layout.nbytes for layout in runtime.catalog.layouts]
+    header = describe_recording(model, about, source="generation", expert_bytes=sizes)
+    with TraceWriter(folder, header) as writer:
+        observer = Generations(Recorder(writer), about)
+        with observe(model, observer):
+            yield
+        observer.close()

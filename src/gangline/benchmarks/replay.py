@@ -4,21 +4,18 @@ Random weights route uniformly, which is the worst case for a cache. A trace rec
 replayed through a random one of the same geometry, shows the other end with the same bytes and the same
 arithmetic. The text that comes out means nothing.
 
-File format (``.npz``): ``ids`` int [N, L, K], the experts of N successive tokens in L MoE layers; optionally
-``weights`` float [N, L, K]; ``kind``, ``recorded`` or ``synthetic``; ``about``, a sentence on where it
-comes from.
+The experts are those of a trace that ``gangline trace`` or ``gangline bench --record`` wrote, or are drawn at
+random.
 
 Shape suffixes: N tokens of the trace, L MoE layers, K experts per token, T rows of one forward pass, E
 experts.
 """
 
-import os
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +25,7 @@ from torch import Tensor, nn
 from gangline.core.errors import UsageError
 from gangline.core.geometry import MoEGeometry
 from gangline.models.adapters import ADAPTERS
-
-TraceKind = Literal["recorded", "synthetic"]
+from gangline.traces import open_trace
 
 
 @dataclass(frozen=True)
@@ -38,67 +34,33 @@ class RoutingTrace:
 
     Attributes:
         ids_NLK: expert ids; no expert twice for one token in one layer.
-        kind: ``recorded`` from a model's own routers, or ``synthetic``.
         about: where it comes from.
         weights_NLK: mixing weights; None keeps those of the model that replays it.
     """
 
     ids_NLK: NDArray[np.int32]
-    kind: TraceKind
     about: str
     weights_NLK: NDArray[np.float32] | None = None
 
-    def save(self, path: Path) -> None:
-        """Write the trace as ``.npz``; it appears under its name only when complete.
 
-        Raises:
-            UsageError: the file cannot be written.
-        """
-        arrays: dict[str, Any] = {"ids": self.ids_NLK, "kind": self.kind, "about": self.about}
-        if self.weights_NLK is not None:
-            arrays["weights"] = self.weights_NLK
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            with part.open("wb") as file:
-                np.savez_compressed(file, **arrays)
-            part.replace(path)
-        except OSError as error:
-            raise UsageError(
-                f"cannot write the trace {path} ({error.strerror}); name another place"
-            ) from error
-        finally:
-            part.unlink(missing_ok=True)
-
-
-def load_trace(path: Path) -> RoutingTrace:
-    """Read a trace.
+def load_trace(folder: Path) -> RoutingTrace:
+    """Read a recorded trace, its tokens in the order in which they were computed.
 
     Raises:
-        UsageError: the file is missing, is not such an ``.npz``, or its arrays do not fit each other.
+        TraceError: there is no trace, or it is damaged or holds sums only.
+        UsageError: its layers differ in the experts of a token, or tokens left slots empty.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            ids_NLK = file["ids"]
-            kind, about = str(file["kind"]), str(file["about"])
-            weights_NLK = file.get("weights")
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    trace = open_trace(folder)
+    layers = [trace.layer(number) for number in trace.layers]
+    if len(set(trace.header.top_k)) != 1 or any(layer.keep_RK is not None for layer in layers):
         raise UsageError(
-            f"{path} is not a routing trace ({error}); record it again or make a synthetic one"
-        ) from error
-    if ids_NLK.ndim != 3 or 0 in ids_NLK.shape or ids_NLK.dtype.kind not in "iu" or ids_NLK.min() < 0:
-        raise UsageError(
-            f"{path}: ids must be whole numbers [tokens, layers, top-k], not {ids_NLK.shape}; record it again"
+            f"{folder}: not all tokens use the same number of experts in all layers, so it cannot be "
+            "replayed; record another model"
         )
-    if kind not in get_args(TraceKind):
-        raise UsageError(f"{path}: kind {kind!r} must be recorded or synthetic; record it again")
-    if weights_NLK is not None and weights_NLK.shape != ids_NLK.shape:
-        raise UsageError(
-            f"{path}: weights {weights_NLK.shape} do not fit ids {ids_NLK.shape}; record it again"
-        )
-    weights_NLK = None if weights_NLK is None else weights_NLK.astype(np.float32)
-    return RoutingTrace(
-        ids_NLK.astype(np.int32), "recorded" if kind == "recorded" else "synthetic", about, weights_NLK
-    )
+    weights = [layer.weights_RK for layer in layers if layer.weights_RK is not None]
+    weights_NLK = np.stack(weights, axis=1).astype(np.float32) if len(weights) == len(layers) else None
+    ids_NLK = np.stack([layer.ids_RK for layer in layers], axis=1).astype(np.int32)
+    return RoutingTrace(ids_NLK, f"recorded from {trace.header.model}", weights_NLK)
 
 
 def synthetic_trace(
@@ -128,7 +90,7 @@ def synthetic_trace(
     rng = np.random.default_rng(seed)
     layers = [_draw_layer(rng, layer.experts, layer.top_k, tokens, zipf, repeat) for layer in geometry.layers]
     about = f"drawn at random: popularity rank^-{zipf:g}, previous experts kept with probability {repeat:g}"
-    return RoutingTrace(np.stack(layers, axis=1), "synthetic", about)
+    return RoutingTrace(np.stack(layers, axis=1), about)
 
 
 def _draw_layer(

@@ -3,10 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -45,10 +43,10 @@ def bench(
         option("--compare", metavar="ENGINE", help="In turns with llama.cpp or transformers (repeatable)."),
     ] = [],  # noqa: B006 - typer copies it
     replay: Annotated[
-        str | None, option("--replay", metavar="FILE", help="Use the experts of a recorded routing trace.")
+        str | None, option("--replay", metavar="DIR", help="Use the experts of a recorded routing trace.")
     ] = None,
     record: Annotated[
-        str | None, option("--record", metavar="FILE", help="Write the routing of all runs as a trace.")
+        str | None, option("--record", metavar="DIR", help="Write the routing of all runs as a trace.")
     ] = None,
 ) -> None:
     """Time prompt reading and decoding; print peak memory, hit rates and the share of the bandwidth bound."""
@@ -118,14 +116,7 @@ def _routing(replay: str | None, record: str | None, name: str | None) -> "Routi
     target = Path(record).expanduser()
     if target.exists() or not target.parent.is_dir():
         raise UsageError(f"{target} exists already, or its folder does not; name another place")
-
-    @contextmanager
-    def keep(model: Any) -> Iterator[None]:
-        with recording.record(model) as recorder:
-            yield
-        recorder.trace(f"gangline bench of {name}").save(target)
-
-    return Routing("own", keep)
+    return Routing("own", lambda model: recording.record(model, target, str(name)))
 
 
 _CHILD = """
