@@ -156,16 +156,7 @@ class EventLease:
             self._store._drop(key, slot)
 
     def _count(self, event: RoutingEvent, present: set[int]) -> None:
-        stats = self._store.stats
-        stats.hits += len(present)
-        stats.misses += len(event.experts) - len(present)
-        if self._store._ahead:
-            stats.by_prefetch += sum(
-                ExpertKey(event.layer, expert) in self._store._ahead for expert in present
-            )
-        stats.late += sum(ExpertKey(event.layer, expert) in self._store._tickets for expert in present)
-        for expert, count in zip(event.experts, event.counts, strict=True):
-            if expert in present:
-                stats.hit_tokens += count
-            else:
-                stats.miss_tokens += count
+        store, keys = self._store, [ExpertKey(event.layer, expert) for expert in present]
+        late = sum(key in store._tickets for key in keys) if store._tickets else 0
+        ahead = sum(key in store._ahead for key in keys) if store._ahead else 0
+        store.stats.count_event(event, present, late, ahead)

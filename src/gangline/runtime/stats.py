@@ -3,31 +3,23 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from gangline.core.counts import EventCounts
 from gangline.core.tiers import Priority
 
 
 @dataclass
-class StoreStats:
-    """What the store did since it was opened (or since ``reset``).
+class StoreStats(EventCounts):
+    """What the store did since it was opened.
+
+    A hit was found in HOST memory, a miss had to be read from DISK.
 
     Attributes:
-        hits: experts of events found in HOST memory (distinct experts per event).
-        misses: experts of events that had to be read from DISK.
-        late: experts of events that a prefetch was still reading when they were asked for (counted in
-            ``hits``); ``by_prefetch``: hits that a prefetch had brought.
-        hit_tokens: (token, expert) pairs served by ``hits``; ``miss_tokens`` by ``misses``.
         stall_seconds: time the computing thread waited for bytes.
         evictions: experts that gave up their slot.
         useful_prefetch_bytes: read ahead and used by an event; ``wasted_prefetch_bytes`` were evicted unused.
         bytes_read: payload bytes read from DISK, by priority class; cancelled reads do not count.
     """
 
-    hits: int = 0
-    misses: int = 0
-    late: int = 0
-    by_prefetch: int = 0
-    hit_tokens: int = 0
-    miss_tokens: int = 0
     stall_seconds: float = 0.0
     evictions: int = 0
     useful_prefetch_bytes: int = 0
@@ -38,12 +30,6 @@ class StoreStats:
     def total_bytes_read(self) -> int:
         """Payload bytes read from DISK."""
         return sum(self.bytes_read.values())
-
-    @property
-    def hit_rate(self) -> float | None:
-        """Share of distinct experts per event found in HOST memory; None before the first event."""
-        seen = self.hits + self.misses
-        return self.hits / seen if seen else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all counters with the derived ones."""

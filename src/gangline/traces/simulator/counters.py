@@ -3,43 +3,28 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from gangline.core.counts import EventCounts
 from gangline.core.events import Phase, RoutingEvent
 
 
 @dataclass
-class PhaseCounts:
+class PhaseCounts(EventCounts):
     """Counters of one phase.
 
     Attributes:
         events: routing events; ``tokens`` rows of the first layer's events.
-        hits: experts of events that had a slot when the event came (those on their way included, as the
-            engine counts); ``misses`` had none.
-        late: hits that were still on their way; ``by_prefetch``: hits that a prefetch had brought.
-        hit_tokens, miss_tokens: the same, each expert counted once per token that chose it.
         distinct: distinct experts per event, summed.
         seconds: modelled time.
     """
 
     events: int = 0
     tokens: int = 0
-    hits: int = 0
-    misses: int = 0
-    late: int = 0
-    by_prefetch: int = 0
-    hit_tokens: int = 0
-    miss_tokens: int = 0
     distinct: int = 0
     seconds: float = 0.0
 
     @property
-    def hit_rate(self) -> float | None:
-        """Share of the distinct experts of events that had a slot; None without events."""
-        seen = self.hits + self.misses
-        return self.hits / seen if seen else None
-
-    @property
     def selection_hit_rate(self) -> float | None:
-        """The same with each expert counted once per token; None without events."""
+        """Share of hits with each expert counted once per token; None without events."""
         seen = self.hit_tokens + self.miss_tokens
         return self.hit_tokens / seen if seen else None
 
@@ -47,16 +32,8 @@ class PhaseCounts:
         """Add one event."""
         self.events += 1
         self.tokens += event.tokens if event.layer == 0 else 0
-        self.hits += len(hits)
-        self.misses += len(event.experts) - len(hits)
-        self.late += late
-        self.by_prefetch += by_prefetch
         self.distinct += len(event.experts)
-        for expert, count in zip(event.experts, event.counts, strict=True):
-            if expert in hits:
-                self.hit_tokens += count
-            else:
-                self.miss_tokens += count
+        self.count_event(event, hits, late, by_prefetch)
 
 
 @dataclass
