@@ -88,36 +88,42 @@ def report(
     seed: Annotated[int, option("--seed", help="Seed of every random choice.")] = 0,
 ) -> None:
     """Show recorded routing on one offline page: load, affinity, locality, caches, each beside chance."""
-    from gangline.reports.build import build_report
     from gangline.reports.figure import require_matplotlib
     from gangline.reports.study import open_study
-    from gangline.reports.write import check_place, plain, write_report
+    from gangline.reports.write import check_place, plain
 
-    if output is None and not out.json:
-        output = Path("report")
-    if output is not None:
+    place = Path("report") if output is None and not out.json else output
+    if place is not None:
         require_matplotlib()
-        check_place(output)
-    costs = _Costs(
-        [float(parse_size(text)) for text in link],
-        None if compute_us is None else compute_us * 1e-6,
-        None if layer_us is None else layer_us * 1e-6,
-    )
+        check_place(place)
+    costs = _Costs([float(parse_size(text)) for text in link], _seconds(compute_us), _seconds(layer_us))
     study = open_study(traces, group=group, tokens=tokens, seed=seed)
     study.words = _words(study)
     if outputs:
         study.outputs = _measure(study, traces[-1])
-    with _bar("simulating", "run") as progress:
-        if study.trace is not None and sim_tokens:
+    made, files = _made(study, sim_tokens, costs, place)
+    out.data(plain({**made.to_dict(), "files": [str(path) for path in files]}))
+    _show(out, made, files)
+
+
+def _made(study: "Study", sim_tokens: int, costs: _Costs, place: Path | None) -> tuple["Report", list[Path]]:
+    """Simulate, count and draw, each under a bar."""
+    from gangline.reports.build import build_report
+    from gangline.reports.write import write_report
+
+    if study.trace is not None and sim_tokens:
+        with _bar("simulating", "run") as progress:
             study.simulations = _simulations(study, sim_tokens, costs, progress)
     with _bar("counting", "section") as progress:
         made = build_report(study, progress)
-    files: list[Path] = []
-    if output is not None:
-        with _bar("drawing", "picture") as progress:
-            files = write_report(made, output, progress)
-    out.data(plain({**made.to_dict(), "files": [str(path) for path in files]}))
-    _show(out, made, files)
+    if place is None:
+        return made, []
+    with _bar("drawing", "picture") as progress:
+        return made, write_report(made, place, progress)
+
+
+def _seconds(microseconds: float | None) -> float | None:
+    return None if microseconds is None else microseconds * 1e-6
 
 
 def _simulations(study: "Study", tokens: int, costs: _Costs, progress: Progress) -> list[Mapping[str, Any]]:
@@ -138,6 +144,7 @@ def _simulations(study: "Study", tokens: int, costs: _Costs, progress: Progress)
         settings = SimulationSettings(
             policies=_POLICIES if number == 0 else _POLICIES[-1:],
             capacities=_distinct(trace, _CAPACITIES if number == 0 else _WHAT_IF),
+            replay="tokens",
             link=speed,
             expert_seconds=costs.expert_seconds,
             layer_seconds=layer_seconds,

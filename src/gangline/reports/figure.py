@@ -74,8 +74,8 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            "pictures need matplotlib, which is not installed: pip install 'gangline[plot]' "
-            "(--json without -o gives the numbers without pictures)"
+            "pictures need matplotlib, which is not installed: pip install 'gangline[plot]' (--json "
+            "without -o gives the numbers without pictures)"
         ) from error
 
 

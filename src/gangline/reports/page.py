@@ -174,8 +174,8 @@ def _about(report: Report) -> str:
     facts = [
         f"Recorded with {software}." if software else "",
         f"Computed in {header.dtype}." if header.dtype else "",
-        f"Seed {report.study.seed}. Intervals and chance are 95% ranges; every choice of draws follows "
-        f"from the seed.",
+        f"Seed {report.study.seed}. Intervals and chance are 95% ranges; every choice of draws follows from "
+        "the seed.",
         "Simulated numbers come from replaying the trace, not from a run.",
     ]
     return f'<section><p class="small">{_text(" ".join(f for f in facts if f))}</p></section>'

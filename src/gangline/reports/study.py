@@ -159,9 +159,8 @@ def open_study(
         study.trace = sample(whole, study.group_kind, tokens)
         if len(study.trace) < len(whole):
             study.notes.append(
-                f"Statistics use {len(study.trace):,} of {len(whole):,} recorded tokens: whole "
-                f"documents, taken "
-                "from the groups in turn (--tokens)."
+                f"Statistics use {len(study.trace):,} of {len(whole):,} recorded tokens: whole documents, "
+                "taken from the groups in turn (--tokens)."
             )
     if study.counts:
         study.notes.append(

@@ -87,10 +87,8 @@ def _headline(advice: dict[str, Any]) -> str:
     if advice["worth"]:
         return (
             f"Yes. A cache gains most at {where}: {found}, {100 * advice['gain']:.0f} points more than a "
-            f"cache "
-            f"that knows nothing of the text and {percent(advice['of_bound'])} of what no cache can "
-            f"beat. More "
-            "memory still helps, only less for each slot."
+            f"cache that knows nothing of the text and {percent(advice['of_bound'])} of what no cache can "
+            "beat. More memory still helps, only less for each slot."
         )
     return (
         f"Hardly. At best ({where}) {found}, about as many as if the cache held random ones. Hold as many "
@@ -106,10 +104,9 @@ def _says(rows: list[Mapping[str, Any]], curve: Mapping[str, Any], speeds: list[
     bound = rates.pop(BOUND, None)
     best = max(rates, key=lambda name: float(rates[name]))
     text = (
-        f"With {percent(middle / experts)} of the experts in memory {best} finds "
-        f"{percent(rates[best], 1)} of "
-        f"what a token needs; knowing the future, it could be {percent(bound, 1)}. What lies between is what "
-        "a better cache or prediction can still win."
+        f"With {percent(middle / experts)} of the experts in memory {best} finds {percent(rates[best], 1)} "
+        f"of what a token needs; knowing the future, it could be {percent(bound, 1)}. What lies between is "
+        "what a better cache or prediction can still win."
     )
     near = [
         f"{_speed(s['tokens_per_second'])} tokens/s at {_rate(s)}" for s in speeds if s["slots"] == middle

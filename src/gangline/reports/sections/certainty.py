@@ -24,13 +24,11 @@ def certainty_section(study: Study) -> Section:
         found.append(router_entropy(scores_RN, study.used(layer)))
     layers = list(study.layers)
     says = (
-        f"On average a router's best expert has {percent(float(np.mean([f.first for f in found])))} of "
-        f"the score and "
-        f"the chosen ones together {percent(float(np.mean([f.kept for f in found])))}; a router that "
-        f"does not care "
-        f"would give {percent(float(np.mean([f.kept_uniform for f in found])))}. What is not kept is "
-        f"thrown away, "
-        "so layers with little kept are those where another choice would matter least."
+        f"On average a router's best expert has {percent(float(np.mean([f.first for f in found])))} of the "
+        f"score and the chosen ones together {percent(float(np.mean([f.kept for f in found])))}; a router "
+        f"that does not care would give {percent(float(np.mean([f.kept_uniform for f in found])))}. What is "
+        "not kept is thrown away, so layers with little kept are those where another choice would matter "
+        "least."
     )
     lines = [
         Line("entropy (1 = does not care)", layers, [f.entropy for f in found]),

@@ -30,9 +30,8 @@ def control_section(study: Study) -> Section:
         plain = float(np.mean([f.same - (f.other or 0.0) for f in found]))
         rest = float(np.mean([(f.same_residual or 0.0) - (f.other_residual or 0.0) for f in found]))
         says += (
-            f" Tokens of one group share {percent(plain, 1)} more of their experts than tokens of two; "
-            f"at equal "
-            f"similarity of inputs {percent(rest, 1)} is left of that."
+            f" Tokens of one group share {percent(plain, 1)} more of their experts than tokens of two; at "
+            f"equal similarity of inputs {percent(rest, 1)} is left of that."
         )
         lines.append(Line("more within a group", layers, [f.same - (f.other or 0.0) for f in found]))
         rests = [(f.same_residual or 0.0) - (f.other_residual or 0.0) for f in found]

@@ -39,9 +39,9 @@ def groups_section(study: Study) -> Section:
     mean = float(np.mean([one.divergence for one in found]))
     says = (
         f"In {int(real.sum())} of {len(found)} layers the groups ({', '.join(study.groups)}) use the "
-        f"experts differently, "
-        f"beyond chance at a false discovery rate of 5%. Layer {strongest} parts them most. 0 would be no "
-        f"difference and 1 no expert in common; the mean is {mean:.3f}. {_matched_says(study, pairs)}"
+        f"experts differently, beyond chance at a false discovery rate of 5%. Layer {strongest} parts them "
+        f"most. 0 would be no difference and 1 no expert in common; the mean is {mean:.3f}. "
+        f"{_matched_says(study, pairs)}"
     )
     numbers = {
         "kind": study.group_kind,
@@ -59,8 +59,7 @@ def groups_section(study: Study) -> Section:
         TITLE,
         says,
         "Groups dealt out to the documents anew (documents, not tokens, are what varies). On shared "
-        "tokens: groups dealt "
-        "out among the occurrences of each token.",
+        "tokens: groups dealt out among the occurrences of each token.",
         numbers,
         [_divergence(found), _bars(study, found[strongest], strongest), _matched_picture(study, pairs)],
         [_table(study, found[strongest], strongest)],

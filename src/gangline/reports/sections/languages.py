@@ -15,9 +15,8 @@ from gangline.traces.statistics.membership import numbered, used
 TITLE = "Do languages meet in the same experts?"
 LEAST_TOKENS = 4
 _LACK = (
-    "Languages can only be compared on translations: record documents with labels lang and pair (the "
-    "same pair for a "
-    "sentence and its translation); scripts/trace_texts.py makes such a file."
+    "Languages can only be compared on translations: record documents with labels lang and pair (the same "
+    "pair for a sentence and its translation); scripts/trace_texts.py makes such a file."
 )
 
 
@@ -95,8 +94,7 @@ def _says(first: str, found: dict[str, list[Alignment]]) -> str:
         )
         parts.append(
             f"{first} and {name} differ by {d.mean():.3f} on {layers[0].sentences} translated sentences "
-            f"(the halves of one "
-            f"sentence: {within:.3f}): {shape} ({middle:.3f} against {ends:.3f})."
+            f"(the halves of one sentence: {within:.3f}): {shape} ({middle:.3f} against {ends:.3f})."
         )
     return (
         " ".join(parts) + " Models that share what they know between languages show a U: a dip in the middle."

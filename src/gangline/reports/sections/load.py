@@ -27,10 +27,10 @@ def load_section(study: Study) -> Section:
     null = float(np.mean([load.max_violation_null.high for load in found]))
     uneven = sum(load.max_violation > load.max_violation_null.high for load in found)
     says = (
-        f"The busiest expert of a layer has {1 + violation:.1f} times the mean load on average; chance alone "
-        f"would give at most {1 + null:.2f} times. {uneven} of {len(found)} layers are more uneven than "
-        f"chance. "
-        f"{dead} of {experts} experts were never used (chance: {sum(x.dead_null for x in found):.1f})."
+        f"The busiest expert of a layer has {1 + violation:.1f} times the mean load on average; chance "
+        f"alone would give at most {1 + null:.2f} times. {uneven} of {len(found)} layers are more uneven "
+        f"than chance. {dead} of {experts} experts were never used (chance: "
+        f"{sum(x.dead_null for x in found):.1f})."
     )
     lacks = [] if study.trace else ["Evenness within documents needs single tokens: record with --mode ids."]
     return Section(

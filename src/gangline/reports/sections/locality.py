@@ -51,8 +51,7 @@ def locality_section(study: Study) -> Section:
         TITLE,
         _says(model, null, known),
         "The same tokens in random order. SCH knows the coming tokens but is no upper bound; Belady's "
-        "cache in the section "
-        "above is.",
+        "cache in the section above is.",
         numbers,
         _pictures(study, model, null, by_layer, known),
         [_table(model, null, known), _cache_table(cache, cached_tokens)],
@@ -77,11 +76,10 @@ def _says(model: Found, null: Found, known: list[int]) -> str:
         else "No more: a cache can profit from the loads at most."
     )
     return (
-        f"Fixing the experts of {m} tokens at a time would serve {percent(mine.srp, 1)} (F1, SRP({m})) "
-        f"of what they use, and "
-        f"run {mine.rho_hat:.2f} experts for each that is used; with the tokens in random order it is "
-        f"{percent(chance.srp, 1)}. {verdict} Published models have SRP(16) between 19% (Switch) and 78% "
-        "(LLaMA-MoE-v2); OLMoE 51%, Mixtral-8x7B 49%. Compare models at the same K/N only."
+        f"Fixing the experts of {m} tokens at a time would serve {percent(mine.srp, 1)} (F1, SRP({m})) of "
+        f"what they use, and run {mine.rho_hat:.2f} experts for each that is used; with the tokens in "
+        f"random order it is {percent(chance.srp, 1)}. {verdict} Published models have SRP(16) between 19% "
+        "(Switch) and 78% (LLaMA-MoE-v2); OLMoE 51%, Mixtral-8x7B 49%. Compare models at the same K/N only."
     )
 
 

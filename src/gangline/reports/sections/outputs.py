@@ -20,8 +20,7 @@ def outputs_section(study: Study) -> Section:
     if outputs is None:
         lack = (
             "Super experts show in the size of their outputs, which no trace holds: --outputs loads the "
-            "model of the "
-            "trace and measures them on its texts."
+            "model of the trace and measures them on its texts."
         )
         return Section("super_experts", TITLE, lacks=[lack])
     peaks = [np.array(layer) for layer in outputs.peaks]

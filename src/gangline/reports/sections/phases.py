@@ -24,13 +24,12 @@ def phases_section(study: Study) -> Section:
     both = [(f.correlation, f.ceiling) for f in found if f.correlation is not None and f.ceiling is not None]
     mean, ceiling = (float(np.mean([pair[n] for pair in both])) if both else 0.0 for n in (0, 1))
     says = (
-        f"Over {int((~mine).sum()):,} tokens read and {int(mine.sum()):,} written the loads of the "
-        f"experts correlate by "
-        f"{mean:.2f}; two halves of what was written correlate by {ceiling:.2f}, which is the most to "
-        f"expect. "
+        f"Over {int((~mine).sum()):,} tokens read and {int(mine.sum()):,} written the loads of the experts "
+        f"correlate by {mean:.2f}; two halves of what was written correlate by {ceiling:.2f}, which is the "
+        "most to expect. "
         + (
-            "A prompt says little about what its answer needs: do not choose a cache's content by "
-            "prompts alone."
+            "A prompt says little about what its answer needs: do not choose a cache's content by prompts "
+            "alone."
             if mean < ceiling - 0.2
             else "So a prompt warms the cache for its answer."
         )

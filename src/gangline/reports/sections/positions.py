@@ -44,13 +44,24 @@ def positions_section(study: Study) -> Section:
     )
     says = (
         f"The first token's experts differ from those of all others by {mean['distance'][0]:.2f} (0 the "
-        f"same, 1 none "
-        f"in common; as many random tokens: {mean['distance_chance'][0]:.2f}). With room for exactly the "
-        f"mean load per "
-        f"expert (capacity factor {FACTOR:g}), {percent(float(early))} of the choices of early tokens and "
-        f"{percent(float(late))} of those from token {starts[-1]} on would be dropped, {trend}. "
-        "gangline itself drops nothing."
+        f"same, 1 none in common; as many random tokens: {mean['distance_chance'][0]:.2f}). With room for "
+        f"exactly the mean load per expert (capacity factor {FACTOR:g}), {percent(float(early))} of the "
+        f"choices of early tokens and {percent(float(late))} of those from token {starts[-1]} on would be "
+        f"dropped, {trend}. gangline itself drops nothing."
     )
+    return Section(
+        "positions",
+        TITLE,
+        says,
+        "As many tokens of random positions; the limit filled in random order.",
+        {"capacity_factor": FACTOR, "layers": [asdict(one) for one in found]},
+        _pictures(starts, mean),
+        [_table(starts, found, mean)],
+        source="Drop towards the end: arXiv 2402.01739.",
+    )
+
+
+def _pictures(starts: list[int], mean: dict[str, np.ndarray]) -> list[Picture]:
     places, labels = [_at(start) for start in starts], [str(start) for start in starts]
     draw_distance = chart(
         "How the load of a position differs from the rest",
@@ -69,19 +80,10 @@ def positions_section(study: Study) -> Section:
         ticks=places,
         tick_labels=labels,
     )
-    return Section(
-        "positions",
-        TITLE,
-        says,
-        "As many tokens of random positions; the limit filled in random order.",
-        {"capacity_factor": FACTOR, "layers": [asdict(one) for one in found]},
-        [
-            Picture("position_load", "Distance of the load by position", draw_distance, 3.5),
-            Picture("position_drops", "Share of choices dropped by position", draw_drops, 3.5),
-        ],
-        [_table(starts, found, mean)],
-        source="Drop towards the end: arXiv 2402.01739.",
-    )
+    return [
+        Picture("position_load", "Distance of the load by position", draw_distance, 3.5),
+        Picture("position_drops", "Share of choices dropped by position", draw_drops, 3.5),
+    ]
 
 
 def _lines(starts: list[int], mean: dict[str, np.ndarray], name: str, label: str, chance: str) -> list[Line]:

@@ -43,9 +43,8 @@ def together_section(study: Study) -> Section:
         "together",
         "Which experts work together?",
         _says(pairs, moves, again),
-        "Pairs: slots shuffled between tokens, loads kept. Layers: tokens permuted. Repetition: tokens "
-        "in random "
-        "order.",
+        "Pairs: slots shuffled between tokens, loads kept. Layers: tokens permuted. Repetition: tokens in "
+        "random order.",
         numbers,
         _pictures(pairs, moves, again, len(rows)),
         [table for table in (_pairs_table(pairs), _repetition_table(again)) if table.rows],
@@ -59,9 +58,8 @@ def _says(pairs: list[Coactivation | None], moves: list[Transition], again: list
     text = ""
     if some:
         text = (
-            f"{percent(float(np.mean([one.excess for one in some])))} of the pairs of experts that a "
-            f"token uses are "
-            f"not explained by how busy each is (chance: "
+            f"{percent(float(np.mean([one.excess for one in some])))} of the pairs of experts that a token "
+            "uses are not explained by how busy each is (chance: "
             f"{percent(float(np.mean([o.null.high for o in some])), 1)}). "
         )
     overlap = float(np.mean([one.overlap for one in again]))

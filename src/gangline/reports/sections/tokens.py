@@ -45,8 +45,7 @@ def tokens_section(study: Study) -> Section:
         TITLE,
         _says(special, free, study.chance),
         f"Token ids permuted over the text. Ids with fewer than {LEAST} occurrences are left out of the "
-        f"first picture; "
-        "a maximum over experts is above K/N even by chance.",
+        "first picture; a maximum over experts is above K/N even by chance.",
         numbers,
         _pictures(special, free),
         [_table(study, input_R)],
@@ -71,9 +70,8 @@ def _says(
     mean = float(np.mean([one.explained for one in some]))
     first, last = some[0].explained, some[-1].explained
     text = (
-        f"The token alone explains {percent(mean)} of the routing on average ({percent(first)} in the "
-        f"first layer, "
-        f"{percent(last)} in the last); the rest depends on context. By chance it would be 0."
+        f"The token alone explains {percent(mean)} of the routing on average ({percent(first)} in the first "
+        f"layer, {percent(last)} in the last); the rest depends on context. By chance it would be 0."
     )
     if "input_id" in special:
         layers = [one for one in special["input_id"] if one]

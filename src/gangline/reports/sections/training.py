@@ -20,8 +20,7 @@ def training_section(study: Study) -> Section:
     if not study.earlier:
         lack = (
             "One checkpoint only: give the traces of several, oldest first, on the same texts (and name "
-            "the model or "
-            "its --revision differently)."
+            "the model or its --revision differently)."
         )
         return Section("training", TITLE, lacks=[lack])
     found: dict[str, list[Saturation]] = {}
@@ -39,10 +38,8 @@ def training_section(study: Study) -> Section:
     first = next(iter(found))
     says = (
         f"At {first} a token already used {percent(mean[first])} of the experts that it uses at the last "
-        f"checkpoint "
-        f"(chance {percent(study.chance)}), and {percent(churn[first])} of the token ids had another "
-        f"favourite first "
-        "choice."
+        f"checkpoint (chance {percent(study.chance)}), and {percent(churn[first])} of the token ids had "
+        "another favourite first choice."
     )
     lines = [
         Line(name, list(study.layers), [one.saturation for one in layers]) for name, layers in found.items()
