@@ -82,15 +82,15 @@ def sentences(length: int, count: int, vocabulary: int, seed: int) -> list[Tenso
 
 
 def switch_folder(experts: int, layers: int, folder: Path) -> Path:
-    """Write the shape: ``layers`` encoder layers, and of the decoder no more than the class asks for."""
+    """Write the shape: ``layers`` encoder layers, and a decoder of one layer, which never runs."""
     config = shape_config(f"switch-base-{experts}")
     small = type(config)(
         **{
             **config.to_diff_dict(),
             "num_layers": layers,
             "num_sparse_encoder_layers": layers // 2,
-            "num_decoder_layers": 2,
-            "num_sparse_decoder_layers": 1,
+            "num_decoder_layers": 1,
+            "num_sparse_decoder_layers": 2,  # the class takes 1 // 2 = 0 for "none"
         }
     )
     label = f"sida-switch-base-{experts}:{layers}"
