@@ -11,9 +11,8 @@ namespace {
 
 struct SparseAvx2 {
     static constexpr int vectors = 2;
-    static constexpr int prefetch_ahead = 2048;
-    template <Format>
-    static constexpr int sparse_streams = 1;
+    static constexpr int sparse_streams = 2;
+    static constexpr int sparse_tokens = 2;
     using Floats = __m256;
     using Dot = __m256i;
 
@@ -82,6 +81,9 @@ struct SparseAvx2 {
         return _mm256_castsi256_ps(_mm256_cmpeq_epi32(wide, _mm256_set1_epi32(a)));
     }
     static __m256 add_where(__m256 acc, __m256 here, __m256 sum) { return _mm256_add_ps(acc, _mm256_and_ps(here, sum)); }
+    static __m256 fused_where(__m256 here, __m256 a, __m256 b, __m256 c) {
+        return _mm256_blendv_ps(c, _mm256_fmadd_ps(a, b, c), here);
+    }
     static __m256 zero_floats() { return _mm256_setzero_ps(); }
     static __m256 floats(float a) { return _mm256_set1_ps(a); }
     static __m256 plus(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }

@@ -10,9 +10,8 @@ namespace {
 
 struct SparseAvx512Base {
     static constexpr int vectors = 1;
-    static constexpr int prefetch_ahead = 2048;
-    template <Format>
-    static constexpr int sparse_streams = 2;
+    static constexpr int sparse_streams = 4;
+    static constexpr int sparse_tokens = 4;
     using Floats = __m512;
 
     static __m512i load(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -72,6 +71,7 @@ struct SparseAvx512Base {
                                    _mm_set1_epi8(static_cast<char>(a)));
     }
     static __m512 add_where(__m512 acc, __mmask16 here, __m512 sum) { return _mm512_mask_add_ps(acc, here, acc, sum); }
+    static __m512 fused_where(__mmask16 here, __m512 a, __m512 b, __m512 c) { return _mm512_mask3_fmadd_ps(a, b, c, here); }
     static __m512 zero_floats() { return _mm512_setzero_ps(); }
     static __m512 floats(float a) { return _mm512_set1_ps(a); }
     static __m512 plus(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }

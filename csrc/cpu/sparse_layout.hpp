@@ -35,16 +35,19 @@ constexpr int sparse_value_bits(Format format) {
     return format == Format::sparse_int4 ? 4 : format == Format::sparse_int8 ? 8 : 16;
 }
 
+constexpr int sparse_step_bytes(Format format) {
+    return position_bytes + sparse_lanes * sparse_value_bits(format) * sparse_step_columns / 16;
+}
+
 struct SparseLayout {
     int blocks = 0;        // of M rows, in a tile
     int rows = 0;          // of the matrix, made by a tile
     int accumulators = 0;  // of a lane: how many rows it may add to
     int halves = 0;        // steps of 16 columns that hold real columns
     int segment_halves = 0;
-    int group_halves = 0;  // codes only
+    int group_shift = 0;  // codes only: a group of weights is so many activation groups, as a power of two
     std::size_t shifts_begin = 0;  // of a tile, in bytes
     std::size_t steps_begin = 0;
-    std::size_t step_bytes = 0;
     std::size_t tile_bytes = 0;
 
     static constexpr SparseLayout of(const Matrix& w) {
@@ -58,14 +61,13 @@ struct SparseLayout {
         t.accumulators = m - n + 1;
         t.halves = (w.cols + half_columns - 1) / half_columns;
         t.segment_halves = n < m ? v / half_columns : t.halves;
-        t.group_halves = codes ? w.group / half_values : 0;
+        t.group_shift = w.group == 128 ? 2 : w.group == 64 ? 1 : 0;
         const int groups = codes ? (columns / 2 + w.group - 1) / w.group : 0;
         const int segments = n < m ? columns / v : 0;
         t.shifts_begin = static_cast<std::size_t>(groups) * sparse_lanes * 2;
         t.steps_begin = (t.shifts_begin + static_cast<std::size_t>(segments) * sparse_lanes + 63) / 64 * 64;
-        t.step_bytes = position_bytes + static_cast<std::size_t>(sparse_lanes * sparse_value_bits(w.format) *
-                                                                 sparse_step_columns / 16);
-        t.tile_bytes = t.steps_begin + static_cast<std::size_t>(columns / sparse_step_columns) * t.step_bytes;
+        t.tile_bytes = t.steps_begin + static_cast<std::size_t>(columns / sparse_step_columns) *
+                                           static_cast<std::size_t>(sparse_step_bytes(w.format));
         return t;
     }
 };

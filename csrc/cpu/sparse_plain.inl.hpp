@@ -57,32 +57,27 @@ public:
         for (int i = 0; i < layout_.accumulators * sparse_lanes; ++i) sums[i] = 0.0F;
         for (int half = 0, segment = 0; half < layout_.halves; ++segment) {
             const int end = half + layout_.segment_halves < layout_.halves ? half + layout_.segment_halves : layout_.halves;
-            float sum[2][sparse_lanes] = {};
-            while (half < end) half = add(x, token, half, end, sum);
-            const std::uint8_t* shifts = tile_ + layout_.shifts_begin + static_cast<std::size_t>(segment) * sparse_lanes;
-            for (int lane = 0; lane < sparse_lanes; ++lane) {
-                const int shift = layout_.accumulators > 1 ? shifts[lane] : 0;
-                if (shift < layout_.accumulators) sums[shift * sparse_lanes + lane] += sum[0][lane] + sum[1][lane];
+            if constexpr (F == Format::sparse_bf16 || F == Format::sparse_f16) {
+                float sum[2][sparse_lanes] = {};
+                for (; half < end; ++half) add_numbers(x.x + token * x.stride, half, sum);
+                for (int lane = 0; lane < sparse_lanes; ++lane) sum[0][lane] += sum[1][lane];
+                add_to_rows(segment, sum[0], sums);
+            } else {
+                while (half < end) half = add_codes(x, token, half, end, segment, sums);
             }
         }
     }
 
 private:
     const std::uint8_t* step(int half) const {
-        return tile_ + layout_.steps_begin + static_cast<std::size_t>(half / 2) * layout_.step_bytes;
+        return tile_ + layout_.steps_begin + static_cast<std::size_t>(half / 2) * sparse_step_bytes(F);
     }
 
-    // From `half` on, to where something ends; returns where.
-    int add(const Activations& x, int token, int half, int end, float (&sum)[2][sparse_lanes]) {
-        if constexpr (F == Format::sparse_bf16 || F == Format::sparse_f16) {
-            add_numbers(x.x + token * x.stride, half, sum);
-            return half + 1;
-        } else {
-            const int group_end = (half / 4 + 1) * 4;
-            const int stop = end < group_end ? end : group_end;
-            const std::ptrdiff_t at = std::ptrdiff_t{token} * (x.padded / sparse_activation_group) + half / 4;
-            add_codes(x.q + std::ptrdiff_t{token} * x.padded, x.scale[at], half, stop, sum);
-            return stop;
+    void add_to_rows(int segment, const float* sum, float* sums) const {
+        const std::uint8_t* shifts = tile_ + layout_.shifts_begin + static_cast<std::size_t>(segment) * sparse_lanes;
+        for (int lane = 0; lane < sparse_lanes; ++lane) {
+            const int shift = layout_.accumulators > 1 ? shifts[lane] : 0;
+            if (shift < layout_.accumulators) sums[shift * sparse_lanes + lane] += sum[lane];
         }
     }
 
@@ -98,8 +93,11 @@ private:
         }
     }
 
-    void add_codes(const std::int8_t* q, float scale, int half, int stop, float (&sum)[2][sparse_lanes]) {
-        const std::uint8_t* scales = tile_ + static_cast<std::size_t>(half / layout_.group_halves) * sparse_lanes * 2;
+    // From `half` on, to where the segment or the activation group ends; returns where.
+    int add_codes(const Activations& x, int token, int half, int end, int segment, float* sums) {
+        const int group = half / 4;
+        const int stop = end < 4 * group + 4 ? end : 4 * group + 4;
+        const std::int8_t* q = x.q + std::ptrdiff_t{token} * x.padded;
         std::int32_t dot[sparse_lanes] = {};
         for (; half < stop; ++half) {
             HalfOfLanes<std::int32_t> kept;
@@ -110,11 +108,16 @@ private:
                 }
             }
         }
+        const std::uint8_t* scales = tile_ + static_cast<std::size_t>(group >> layout_.group_shift) * sparse_lanes * 2;
+        const float scale = x.scale[std::ptrdiff_t{token} * (x.padded / sparse_activation_group) + group];
+        float sum[sparse_lanes];
         for (int lane = 0; lane < sparse_lanes; ++lane) {
             std::uint16_t bits;
             std::memcpy(&bits, scales + 2 * lane, sizeof bits);
-            sum[0][lane] += f16_to_float(bits) * static_cast<float>(dot[lane]) * scale;
+            sum[lane] = f16_to_float(bits) * static_cast<float>(dot[lane]) * scale;
         }
+        add_to_rows(segment, sum, sums);
+        return stop;
     }
 
     const Matrix& w_;

@@ -9,7 +9,7 @@
 //   int4  128 bytes of codes and 64 of positions (a step): for each of 4 planes 2 operations for the index, 1 permute, 1.5
 //         for the codes, 2 dot products (the second adds up what the unsigned codes are too large by): 26 operations, 13
 //         cycles, 14 bytes a cycle.
-// Two or three times what a core gets from memory. Order of activations made once a token (tables of 16 entries, one permute
+// Two or three times what a core gets from memory. Orders of activations made once a token (tables of 16 entries, one permute
 // and no shift for the second slot) would save an operation a quad, but read 64 bytes of table for every 64 bytes of weights
 // from the second-level cache; pairs of bf16 would halve the rest, but round the activations.
 //
@@ -78,159 +78,194 @@ GANGLINE_INLINE void add_codes(const std::uint8_t* const (&step)[R], const std::
     });
 }
 
-// What a block of R tiles and T tokens works with.
-template <class S, Format F, int A, int R, int T>
+// Asks the second-level cache for what one token will wait for. (Measured on Zen 4 with other work on the machine: into the
+// first level, or less far ahead, is slower, and so are fewer than four tiles at once.)
+template <class S, Format F, int R>
+GANGLINE_INLINE void prefetch_step(const std::uint8_t* const (&step)[R]) {
+#if defined(__GNUC__) || defined(__clang__)
+    constexpr int ahead = 4096;
+    for (int r = 0; r < R; ++r)
+        for (int line = 0; line < sparse_step_bytes(F); line += 64) __builtin_prefetch(step[r] + ahead + line, 0, 2);
+#else
+    static_cast<void>(step);
+#endif
+}
+
+// R tiles times T tokens. Whole: segments are whole steps, which is the fast case; else they may end between halves.
+template <class S, Format F, int A, int R, int T, bool Whole>
 struct SparseBlock {
     static constexpr int V = S::vectors;
     static constexpr int lanes = sparse_lanes / V;
     static constexpr int kept = A == 0 ? most_accumulators : A;
-    static constexpr bool streams = T == 1;
+    // The least that is not cut: halves a unit, columns of a unit.
+    static constexpr int unit = Whole ? 2 : 1;
+    static constexpr int unit_columns = unit * half_columns;
     using Floats = typename S::Floats;
+    using Sums = Floats[T][R][V];
 
     const SparseLayout& layout;
+    const Activations& x;
+    const int token;
     const std::uint8_t* tiles[R];
+    float tail[T][unit_columns];  // activations of a last unit that has fewer columns
 
-    GANGLINE_INLINE void at_half(int half, const std::uint8_t* (&step)[R]) const {
-        const std::size_t begin = layout.steps_begin + static_cast<std::size_t>(half / 2) * layout.step_bytes;
-        for (int r = 0; r < R; ++r) step[r] = tiles[r] + begin;
-    }
-
-    // Asks for what comes next: one token waits for memory.
-    GANGLINE_INLINE void prefetch_step(const std::uint8_t* const (&step)[R]) const {
-#if defined(__GNUC__) || defined(__clang__)
-        if constexpr (streams) {
-            constexpr int bytes = position_bytes + sparse_lanes * sparse_value_bits(F) * sparse_step_columns / 16;
-            for (int r = 0; r < R; ++r)
-                for (int line = 0; line < bytes; line += 64) __builtin_prefetch(step[r] + S::prefetch_ahead + line);
-        }
-#endif
-    }
-
-    // Halves [half, stop) of plain numbers; x begins at `half`.
-    GANGLINE_INLINE void numbers(int half, int stop, const float* (&x)[T], Floats (&sum)[2][T][R][V]) const {
-        const std::uint8_t* step[R];
-        while (half < stop) {
-            at_half(half, step);
-            int did = 1;
-            if (half % 2 != 0) {
-                add_numbers<S, F, 1, R, T>(step, x, sum);
-            } else {
-                prefetch_step(step);
-                add_numbers<S, F, 0, R, T>(step, x, sum);
-                if (half + 1 < stop) {
-                    for (int t = 0; t < T; ++t) x[t] += half_columns;
-                    add_numbers<S, F, 1, R, T>(step, x, sum);
-                    did = 2;
-                }
-            }
-            for (int t = 0; t < T; ++t) x[t] += half_columns;
-            half += did;
-        }
-    }
-
-    // Halves [half, stop) of codes, which share their scales.
-    GANGLINE_INLINE void codes(int half, int stop, const Activations& x, int token, Floats (&sum)[T][R][V]) const {
-        const std::uint8_t* step[R];
-        const std::int8_t* q[T];
-        typename S::Dot dot[T][R][V];
-        const int group = half / 4;
-        const std::size_t scales = static_cast<std::size_t>(half / layout.group_halves) * sparse_lanes * 2;
+    GANGLINE_INLINE SparseBlock(const Matrix& w, const SparseLayout& l, int tile, const Activations& rows, int first)
+        : layout(l), x(rows), token(first) {
+        for (int r = 0; r < R; ++r) tiles[r] = w.data + static_cast<std::size_t>(tile + r) * l.tile_bytes;
+        const int left = rows.cols % unit_columns;
+        if (has_codes(F) || left == 0) return;
         for (int t = 0; t < T; ++t) {
-            q[t] = x.q + std::ptrdiff_t{token + t} * x.padded + half * half_columns;
-            for (int r = 0; r < R; ++r)
-                for (int v = 0; v < V; ++v) dot[t][r][v] = S::no_products();
+            const float* end = rows.x + (first + t) * rows.stride + rows.cols;
+            for (int i = 0; i < unit_columns; ++i) tail[t][i] = i < left ? end[i - left] : 0.0F;
         }
-        while (half < stop) {
-            at_half(half, step);
-            int did = 1;
-            if (half % 2 != 0) {
-                add_codes<S, F, 1, R, T>(step, q, dot);
+    }
+
+    GANGLINE_INLINE void at_unit(int index, const std::uint8_t* (&step)[R]) const {
+        const std::ptrdiff_t begin = std::ptrdiff_t{index * unit / 2} * sparse_step_bytes(F);
+        for (int r = 0; r < R; ++r) step[r] = tiles[r] + layout.steps_begin + begin;
+    }
+
+    // After unit `index`.
+    GANGLINE_INLINE static void go_on(int index, const std::uint8_t* (&step)[R]) {
+        for (int r = 0; r < R; ++r) step[r] += Whole || index % 2 != 0 ? sparse_step_bytes(F) : 0;
+    }
+
+    // Units [index, end) of plain numbers, whose activations begin at from.
+    GANGLINE_INLINE static void numbers(int index, int end, const std::uint8_t* (&step)[R], const float* (&from)[T],
+                                        Floats (&sum)[2][T][R][V]) {
+        for (; index < end; ++index) {
+            if constexpr (Whole) {
+                if constexpr (T == 1) prefetch_step<S, F, R>(step);
+                const float* second[T];
+                for (int t = 0; t < T; ++t) second[t] = from[t] + half_columns;
+                add_numbers<S, F, 0, R, T>(step, from, sum);
+                add_numbers<S, F, 1, R, T>(step, second, sum);
+            } else if (index % 2 == 0) {
+                add_numbers<S, F, 0, R, T>(step, from, sum);
             } else {
-                prefetch_step(step);
-                add_codes<S, F, 0, R, T>(step, q, dot);
-                if (half + 1 < stop) {
-                    for (int t = 0; t < T; ++t) q[t] += half_columns;
-                    add_codes<S, F, 1, R, T>(step, q, dot);
-                    did = 2;
+                add_numbers<S, F, 1, R, T>(step, from, sum);
+            }
+            for (int t = 0; t < T; ++t) from[t] += unit_columns;
+            go_on(index, step);
+        }
+    }
+
+    GANGLINE_INLINE void number_segment(int index, int end, Sums& total) const {
+        Floats sum[2][T][R][V];
+        for (int t = 0; t < T; ++t)
+            for (int r = 0; r < R; ++r)
+                for (int v = 0; v < V; ++v) sum[0][t][r][v] = sum[1][t][r][v] = S::zero_floats();
+        const std::uint8_t* step[R];
+        at_unit(index, step);
+        const float* from[T];
+        for (int t = 0; t < T; ++t) from[t] = x.x + (token + t) * x.stride + index * unit_columns;
+        const int filled = x.cols / unit_columns;
+        numbers(index, end < filled ? end : filled, step, from, sum);
+        if (end > filled) {
+            for (int t = 0; t < T; ++t) from[t] = tail[t];
+            numbers(filled, end, step, from, sum);
+        }
+        for (int t = 0; t < T; ++t)
+            for (int r = 0; r < R; ++r)
+                for (int v = 0; v < V; ++v) total[t][r][v] = S::plus(sum[0][t][r][v], sum[1][t][r][v]);
+    }
+
+    GANGLINE_INLINE void add_segment(std::ptrdiff_t shifts, const Sums& total, Floats (&acc)[T][R][kept][V]) const {
+        for (int r = 0; r < R; ++r) {
+            for (int v = 0; v < V; ++v) {
+                for (int a = 0; a < (A == 0 ? layout.accumulators : A); ++a) {
+                    if constexpr (A == 1) {
+                        for (int t = 0; t < T; ++t) acc[t][r][a][v] = total[t][r][v];
+                    } else {
+                        const auto here = S::where(tiles[r] + shifts + v * lanes, a);
+                        for (int t = 0; t < T; ++t) acc[t][r][a][v] = S::add_where(acc[t][r][a][v], here, total[t][r][v]);
+                    }
                 }
             }
-            for (int t = 0; t < T; ++t) q[t] += half_columns;
-            half += did;
         }
+    }
+
+    // Units [index, end) of codes, which share all their scales.
+    GANGLINE_INLINE static void codes(int index, int end, const std::uint8_t* (&step)[R], const std::int8_t* (&from)[T],
+                                      typename S::Dot (&dot)[T][R][V]) {
+        for (; index < end; ++index) {
+            if constexpr (Whole) {
+                if constexpr (T == 1) prefetch_step<S, F, R>(step);
+                const std::int8_t* second[T];
+                for (int t = 0; t < T; ++t) second[t] = from[t] + half_columns;
+                add_codes<S, F, 0, R, T>(step, from, dot);
+                add_codes<S, F, 1, R, T>(step, second, dot);
+            } else if (index % 2 == 0) {
+                add_codes<S, F, 0, R, T>(step, from, dot);
+            } else {
+                add_codes<S, F, 1, R, T>(step, from, dot);
+            }
+            for (int t = 0; t < T; ++t) from[t] += unit_columns;
+            go_on(index, step);
+        }
+    }
+
+    // Dot products of (a part of) an activation group, times both scales.
+    GANGLINE_INLINE void add_group(int group, std::ptrdiff_t shifts, const typename S::Dot (&dot)[T][R][V],
+                                   Floats (&acc)[T][R][kept][V]) const {
         const std::ptrdiff_t groups = x.padded / sparse_activation_group;
+        const std::ptrdiff_t scales = std::ptrdiff_t{group >> layout.group_shift} * sparse_lanes * 2;
         for (int r = 0; r < R; ++r) {
             for (int v = 0; v < V; ++v) {
                 const auto factor = S::load_halves(tiles[r] + scales + v * lanes * 2);
                 for (int t = 0; t < T; ++t) {
                     const auto scaled = S::times(factor, S::to_floats(dot[t][r][v]));
-                    sum[t][r][v] = S::fused(scaled, S::floats(x.scale[(token + t) * groups + group]), sum[t][r][v]);
+                    const auto scale = S::floats(x.scale[(token + t) * groups + group]);
+                    if constexpr (A == 1) {
+                        acc[t][r][0][v] = S::fused(scaled, scale, acc[t][r][0][v]);
+                    } else {
+                        for (int a = 0; a < (A == 0 ? layout.accumulators : A); ++a) {
+                            const auto here = S::where(tiles[r] + shifts + v * lanes, a);
+                            acc[t][r][a][v] = S::fused_where(here, scaled, scale, acc[t][r][a][v]);
+                        }
+                    }
                 }
             }
         }
     }
 
-    // Sums of one segment, halves [half, end).
-    GANGLINE_INLINE void segment(int half, int end, const Activations& x, int token, const float (&tail)[T][half_columns],
-                                 Floats (&total)[T][R][V]) const {
-        if constexpr (has_codes(F)) {
+    GANGLINE_INLINE void code_segment(int index, int end, std::ptrdiff_t shifts, Floats (&acc)[T][R][kept][V]) const {
+        constexpr int group_units = 4 / unit;  // of activations
+        const std::uint8_t* step[R];
+        at_unit(index, step);
+        const std::int8_t* from[T];
+        for (int t = 0; t < T; ++t) from[t] = x.q + std::ptrdiff_t{token + t} * x.padded + index * unit_columns;
+        while (index < end) {
+            const int group = index / group_units;
+            const int group_end = (group + 1) * group_units;
+            const int stop = end < group_end ? end : group_end;
+            typename S::Dot dot[T][R][V];
             for (int t = 0; t < T; ++t)
                 for (int r = 0; r < R; ++r)
-                    for (int v = 0; v < V; ++v) total[t][r][v] = S::zero_floats();
-            while (half < end) {
-                const int group_end = (half / 4 + 1) * 4;
-                const int stop = end < group_end ? end : group_end;
-                codes(half, stop, x, token, total);
-                half = stop;
-            }
-        } else {
-            Floats sum[2][T][R][V];
-            for (int t = 0; t < T; ++t)
-                for (int r = 0; r < R; ++r)
-                    for (int v = 0; v < V; ++v) sum[0][t][r][v] = sum[1][t][r][v] = S::zero_floats();
-            const int whole = x.cols / half_columns;
-            const int stop = end < whole ? end : whole;
-            const float* from[T];
-            for (int t = 0; t < T; ++t) from[t] = x.x + (token + t) * x.stride + half * half_columns;
-            numbers(half, stop, from, sum);
-            if (stop < end) {
-                for (int t = 0; t < T; ++t) from[t] = tail[t];
-                numbers(stop, end, from, sum);
-            }
-            for (int t = 0; t < T; ++t)
-                for (int r = 0; r < R; ++r)
-                    for (int v = 0; v < V; ++v) total[t][r][v] = S::plus(sum[0][t][r][v], sum[1][t][r][v]);
+                    for (int v = 0; v < V; ++v) dot[t][r][v] = S::no_products();
+            codes(index, stop, step, from, dot);
+            add_group(group, shifts, dot, acc);
+            index = stop;
         }
     }
 
-    GANGLINE_INLINE void multiply(const Activations& x, int token, Floats (&acc)[T][R][kept][V]) const {
+    GANGLINE_INLINE void multiply(Floats (&acc)[T][R][kept][V]) const {
         const int count = A == 0 ? layout.accumulators : A;
         for (int t = 0; t < T; ++t)
             for (int r = 0; r < R; ++r)
                 for (int a = 0; a < count; ++a)
                     for (int v = 0; v < V; ++v) acc[t][r][a][v] = S::zero_floats();
-        float tail[T][half_columns];
-        if (const int left = x.cols % half_columns; !has_codes(F) && left != 0) {
-            for (int t = 0; t < T; ++t) {
-                const float* end = x.x + (token + t) * x.stride + x.cols;
-                for (int i = 0; i < half_columns; ++i) tail[t][i] = i < left ? end[i - left] : 0.0F;
-            }
-        }
-        std::size_t shifts = layout.shifts_begin;
-        for (int half = 0; half < layout.halves; half += layout.segment_halves, shifts += sparse_lanes) {
-            const int end = half + layout.segment_halves < layout.halves ? half + layout.segment_halves : layout.halves;
-            Floats total[T][R][V];
-            segment(half, end, x, token, tail, total);
-            for (int r = 0; r < R; ++r) {
-                for (int v = 0; v < V; ++v) {
-                    for (int a = 0; a < count; ++a) {
-                        if constexpr (A == 1) {
-                            for (int t = 0; t < T; ++t) acc[t][r][a][v] = total[t][r][v];
-                        } else {
-                            const auto here = S::where(tiles[r] + shifts + v * lanes, a);
-                            for (int t = 0; t < T; ++t) acc[t][r][a][v] = S::add_where(acc[t][r][a][v], here, total[t][r][v]);
-                        }
-                    }
-                }
+        const int units = (layout.halves + unit - 1) / unit;
+        const int of_segment = A == 1 ? units : layout.segment_halves / unit;
+        std::ptrdiff_t shifts = static_cast<std::ptrdiff_t>(layout.shifts_begin);
+        for (int index = 0; index < units; index += of_segment, shifts += sparse_lanes) {
+            const int end = index + of_segment < units ? index + of_segment : units;
+            if constexpr (has_codes(F)) {
+                code_segment(index, end, shifts, acc);
+            } else {
+                Sums total;
+                number_segment(index, end, total);
+                add_segment(shifts, total, acc);
             }
         }
     }
@@ -238,14 +273,13 @@ struct SparseBlock {
 
 // R tiles from `tile` on times T tokens from `token` on. A function of its own: inlined, the many copies would share and
 // spill registers.
-template <class S, Format F, int A, int R, int T>
+template <class S, Format F, int A, int R, int T, bool Whole>
 GANGLINE_APART void multiply_sparse(const Matrix& w, const SparseLayout& layout, int tile, RowRange wanted,
                                     const Activations& x, int token, float* y, std::ptrdiff_t y_stride) {
-    using Block = SparseBlock<S, F, A, R, T>;
-    Block block{layout, {}};
-    for (int r = 0; r < R; ++r) block.tiles[r] = w.data + static_cast<std::size_t>(tile + r) * layout.tile_bytes;
+    using Block = SparseBlock<S, F, A, R, T, Whole>;
     typename S::Floats acc[T][R][Block::kept][S::vectors];
-    block.multiply(x, token, acc);
+    const Block block(w, layout, tile, x, token);
+    block.multiply(acc);
     float sums[Block::kept * sparse_lanes];
     const int count = A == 0 ? layout.accumulators : A;
     for (int t = 0; t < T; ++t) {
@@ -257,30 +291,31 @@ GANGLINE_APART void multiply_sparse(const Matrix& w, const SparseLayout& layout,
     }
 }
 
-template <class S, Format F, int A, int T>
+template <class S, Format F, int A, bool Whole, int T>
 GANGLINE_INLINE int sparse_tokens(const Matrix& w, const SparseLayout& layout, int tile, RowRange wanted, const Activations& x,
                                   int begin, float* y, std::ptrdiff_t y_stride) {
     for (; begin + T <= x.tokens; begin += T) {
-        multiply_sparse<S, F, A, 1, T>(w, layout, tile, wanted, x, begin, y, y_stride);
+        multiply_sparse<S, F, A, 1, T, Whole>(w, layout, tile, wanted, x, begin, y, y_stride);
     }
     return begin;
 }
 
-template <class S, Format F, int A>
+template <class S, Format F, int A, bool Whole>
 GANGLINE_INLINE void sparse_rows(const Matrix& w, const SparseLayout& layout, RowRange wanted, const Activations& x, float* y,
                                  std::ptrdiff_t y_stride) {
-    constexpr int together = A == 0 ? 1 : S::template sparse_streams<F>;
+    constexpr int together = Whole && A != 0 ? S::sparse_streams : 1;
     int tile = wanted.begin / layout.rows;
     const int end = (wanted.end + layout.rows - 1) / layout.rows;
     if (x.tokens == 1) {
         for (; tile + together <= end; tile += together) {
-            multiply_sparse<S, F, A, together, 1>(w, layout, tile, wanted, x, 0, y, y_stride);
+            multiply_sparse<S, F, A, together, 1, Whole>(w, layout, tile, wanted, x, 0, y, y_stride);
         }
     }
     for (; tile < end; ++tile) {
-        int t = sparse_tokens<S, F, A, 4>(w, layout, tile, wanted, x, 0, y, y_stride);
-        t = sparse_tokens<S, F, A, 2>(w, layout, tile, wanted, x, t, y, y_stride);
-        sparse_tokens<S, F, A, 1>(w, layout, tile, wanted, x, t, y, y_stride);
+        int t = 0;
+        if constexpr (Whole) t = sparse_tokens<S, F, A, Whole, S::sparse_tokens>(w, layout, tile, wanted, x, t, y, y_stride);
+        t = sparse_tokens<S, F, A, Whole, 2>(w, layout, tile, wanted, x, t, y, y_stride);
+        sparse_tokens<S, F, A, Whole, 1>(w, layout, tile, wanted, x, t, y, y_stride);
     }
 }
 
@@ -288,11 +323,10 @@ template <class S, Format F>
 void sparse_matmul(const Matrix& w, int row_begin, int row_end, const Activations& x, float* y, std::ptrdiff_t y_stride) {
     const SparseLayout layout = SparseLayout::of(w);
     const RowRange wanted{row_begin, row_end};
-    switch (layout.accumulators) {
-        case 1: return sparse_rows<S, F, 1>(w, layout, wanted, x, y, y_stride);
-        case 2: return sparse_rows<S, F, 2>(w, layout, wanted, x, y, y_stride);
-        default: return sparse_rows<S, F, 0>(w, layout, wanted, x, y, y_stride);
-    }
+    if (layout.accumulators == 1) return sparse_rows<S, F, 1, true>(w, layout, wanted, x, y, y_stride);
+    if (layout.segment_halves % 2 != 0) return sparse_rows<S, F, 0, false>(w, layout, wanted, x, y, y_stride);
+    if (layout.accumulators == 2) return sparse_rows<S, F, 2, true>(w, layout, wanted, x, y, y_stride);
+    return sparse_rows<S, F, 0, true>(w, layout, wanted, x, y, y_stride);
 }
 
 }  // namespace
