@@ -1,0 +1,258 @@
+"""From a checkpoint to sparse ones: both kinds load and say the same; an interrupted run leaves nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import gangline
+from gangline.checkpoint.locate import LocalCheckpoint
+from gangline.checkpoint.safetensors_index import SafetensorsIndex
+from gangline.compress.sparsify import LayerWalk, SparsifySettings, sparsify_layers
+from gangline.core.errors import CheckpointError, UnsupportedModelError, UsageError
+from gangline.evaluation.check import CheckSettings, check_model
+from gangline.evaluation.sparsification import SparsifyTexts, sparsify_checkpoint
+from gangline.runtime.opened import open_model
+from tiny_models import tiny_model
+
+FAMILIES = ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "granitemoe")
+WORDS = " ".join(f"w{(7 * i * i + i) % 90}" for i in range(2000))
+TEXTS = SparsifyTexts(WORDS, tokens=256, held_out_tokens=64, window=32)
+
+
+@pytest.fixture
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i + 3 for i in range(93)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.fixture
+def tiny(tmp_path, tokenizer, seed):
+    """Write a tiny model of a family with a tokenizer; returns its folder."""
+
+    def make(family: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+        folder = tmp_path / family
+        tiny_model(family, seed=seed).to(dtype).eval().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_and_dense_say_the_same(family: str, tiny, tmp_path: Path) -> None:
+    """The packed checkpoint in our runtime, and its dense-stored twin in plain transformers."""
+    source = tiny(family)
+    settings = SparsifySettings(pattern="1:2:16", method="sparsegpt", min_tokens=8)
+    packed, dense = tmp_path / "packed", tmp_path / "dense"
+    report = sparsify_checkpoint(source, packed, texts=TEXTS, settings=settings, dense=dense)
+    assert report.perplexity_before is not None
+    assert report.perplexity_after is not None
+    twin = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+    ours = gangline.load(packed, dtype=torch.float32)
+    ids = torch.arange(3, 27)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, twin(ids).logits, rtol=1e-4, atol=1e-4)
+    assert "samoyeds:1:2:16/bf16" in {spec.codec for spec in ours.gangline.catalog.layouts[0].fields}
+    old, new = SafetensorsIndex.from_folder(source), SafetensorsIndex.from_folder(dense)
+    changed = {name for name in old.tensors if not torch.equal(old.read(name), new.read(name))}
+    assert changed
+    assert all("expert" in name or "_linear" in name for name in changed)
+    zeros = [float((new.read(name) == 0).float().mean()) for name in changed]
+    assert min(zeros) > 0.6
+
+
+def test_check_compares_with_the_dense_twin(tiny, tmp_path: Path) -> None:
+    sparsify_checkpoint(
+        tiny("mixtral"),
+        tmp_path / "out",
+        texts=TEXTS,
+        settings=SparsifySettings(method="wanda"),
+        measure=False,
+    )
+    settings = CheckSettings(
+        shares=(0.5,), batch_sizes=(1,), cache_seeds=(None,), prompt_tokens=8, new_tokens=4
+    )
+    report = check_model(tmp_path / "out", settings, dtype=torch.float32)
+    assert report.reference_passed
+    assert report.passed
+
+
+@pytest.mark.parametrize("values", ["int8", "int4g32"])
+def test_integer_values_on_top(values: str, tiny, tmp_path: Path) -> None:
+    settings = SparsifySettings(precision=values, method="magnitude")
+    report = sparsify_checkpoint(
+        tiny("mixtral"),
+        tmp_path / "out",
+        texts=TEXTS,
+        settings=settings,
+        dense=tmp_path / "dense",
+        measure=False,
+    )
+    ours = gangline.load(tmp_path / "out")
+    twin = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16).eval()
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, twin(ids).logits, rtol=0.05, atol=0.05)
+    assert report.bits_per_weight < report.stored_bits_per_weight
+    catalog = ours.gangline.catalog
+    weights = sum(
+        experts * spec.shape[0] * spec.shape[1]
+        for layout, experts in zip(catalog.layouts, [8] * len(catalog.layouts), strict=True)
+        for spec in layout.fields
+    )
+    assert report.bits_per_weight == pytest.approx(8 * report.expert_bytes / weights)
+    assert report.expert_bytes == catalog.nbytes
+
+
+def test_the_walk_is_the_model(tiny) -> None:
+    """Layer by layer, with the experts' own outputs played back, the hidden states are those of the model."""
+    folder = tiny("qwen2_moe", torch.float32)
+    opened = open_model(LocalCheckpoint(str(folder), folder, None), torch.float32)
+    ids_SC = torch.randint(3, 90, (3, 20))
+    model, view = opened.load_dense(None)
+    walk = LayerWalk(model.eval(), view, ids_SC)
+    dense = SparsifySettings(pattern="4:4:16", method="magnitude")
+    assert dense.codec.pattern.sparsity == 0.5
+    seen = []
+    for report in sparsify_layers(walk, opened.source, dense, lambda key, _: seen.append(key)):
+        assert [expert.expert for expert in report.experts] == list(range(len(report.experts)))
+    assert len(seen) == sum(opened.source.experts)
+    # Now all at once: the same weights in the plain model.
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    state = plain.state_dict()
+    from gangline.formats.samoyeds_pattern import keep_mask
+
+    for name, weight in state.items():
+        if ".experts." in name and weight.dim() == 3:
+            for expert_OI in weight:
+                halves = expert_OI.chunk(2) if "gate_up" in name else (expert_OI,)
+                for half_OI in halves:
+                    stored = half_OI.masked_fill(~keep_mask(half_OI.abs(), dense.codec.pattern), 0)
+                    half_OI.copy_(stored.bfloat16().float())
+    with torch.no_grad():
+        hidden = plain(ids_SC, output_hidden_states=True).hidden_states
+    last = plain.model.norm(torch.cat(walk.hidden))
+    torch.testing.assert_close(last, hidden[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_experts_with_few_tokens_are_named(tiny, tmp_path: Path) -> None:
+    settings = SparsifySettings(method="wanda", min_tokens=10_000)
+    report = sparsify_checkpoint(
+        tiny("mixtral"), tmp_path / "out", texts=TEXTS, settings=settings, measure=False
+    )
+    assert set(report.poor) == {layer.name for layer in report.layers}
+    stored = json.loads((tmp_path / "out" / "sparsify.json").read_text())
+    assert stored["poor"] == {name: list(experts) for name, experts in report.poor.items()}
+    assert stored["layers"][0]["experts"][0]["calibration"] == "layer"
+    assert 0.5 < stored["kept"] < 1
+    assert stored["perplexity_after"] is None
+    assert stored["sparsity"] == 0.5
+
+
+def test_permuting_changes_no_answer_but_the_zeros(tiny, tmp_path: Path) -> None:
+    kept = {}
+    for permute in (False, True):
+        settings = SparsifySettings(pattern="1:2:16", method="magnitude", permute=permute)
+        report = sparsify_checkpoint(
+            tiny("mixtral"), tmp_path / str(permute), texts=TEXTS, settings=settings, measure=False
+        )
+        kept[permute] = report.kept
+    assert kept[True] >= kept[False] - 1e-6
+
+
+def test_an_interrupted_run_leaves_nothing(tiny, tmp_path: Path) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    source = tiny("mixtral")
+    with pytest.raises(KeyboardInterrupt):
+        sparsify_checkpoint(
+            source, tmp_path / "out", dense=tmp_path / "dense", texts=TEXTS, measure=False, progress=stop
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["mixtral"]
+
+
+def test_what_cannot_be_done_is_refused(tiny, tmp_path: Path) -> None:
+    source = tiny("mixtral")
+    with pytest.raises(UsageError, match="nothing to write"):
+        sparsify_checkpoint(source, None, texts=TEXTS)
+    with pytest.raises(UsageError, match="fewer than two tokens"):
+        sparsify_checkpoint(source, tmp_path / "x", texts=SparsifyTexts("w1"))
+    out = tmp_path / "out"
+    sparsify_checkpoint(
+        source, out, texts=TEXTS, settings=SparsifySettings(method="magnitude"), measure=False
+    )
+    with pytest.raises(UnsupportedModelError, match="plain bf16, fp16 or fp32"):
+        sparsify_checkpoint(out, tmp_path / "twice", texts=TEXTS)
+
+
+def test_damaged_packed_checkpoints_are_named(tiny, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sparsify_checkpoint(
+        tiny("mixtral"), out, texts=TEXTS, settings=SparsifySettings(method="magnitude"), measure=False
+    )
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"] == {"quant_method": "gangline", "version": 1}
+    index_file = out / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    lost = next(name for name in index["weight_map"] if ".5.down." in name)
+    del index["weight_map"][lost]
+    index_file.write_text(json.dumps(index))
+    from safetensors.torch import load_file, save_file
+
+    for shard in out.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if tensors.pop(lost, None) is not None:
+            save_file(tensors, shard)
+    with pytest.raises(CheckpointError, match=r"5\.down.*is missing"):
+        gangline.load(out)
+    config["quantization_config"]["version"] = 2
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="version 2"):
+        gangline.load(out)
+
+
+def test_the_command(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from gangline.cli.main import app
+
+    source, text = tiny("mixtral"), tmp_path / "text.txt"
+    text.write_text(WORDS)
+    runner = CliRunner()
+    arguments = [
+        "sparsify",
+        str(source),
+        "-o",
+        str(tmp_path / "out"),
+        "--method",
+        "magnitude",
+        "--window",
+        "32",
+    ]
+    failed = runner.invoke(app, arguments)
+    assert failed.exit_code == 2
+    assert "--data" in failed.stderr
+    done = runner.invoke(app, [*arguments, "--data", str(text), "--json"])
+    assert done.exit_code == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["settings"]["pattern"] == "2:4"
+    assert document["perplexity_before"] > 1
+    again = runner.invoke(app, [*arguments, "--data", str(text)])
+    assert again.exit_code == 2
+    assert "exists already" in again.stderr
+    arguments[3] = str(tmp_path / "other")
+    shown = runner.invoke(app, [*arguments, "--data", str(text)])
+    assert "bits a weight" in shown.stdout
+    assert "kept energy" in shown.stdout
