@@ -1,13 +1,13 @@
 // out[t] = sum over j of weight[t][j] y[pair[t][j]], in fp32 and in the order of j: with pairs sorted by expert, and
 // pair[t] ascending, that is ascending expert id. Pairs at or past `pairs` do not count (experts that lie elsewhere).
 //
-// One thread makes four neighbouring columns of one token: grid (blocks of columns, tokens).
+// One thread makes four neighbouring columns of one token: grid (tokens, blocks of columns).
 #include <ptx.cuh>
 
 extern "C" __global__ void gangline_combine(const float* y, const i32* pair, const float* weight, const i32* pairs,
                                             void* out, i32 slots, i32 columns, i32 to_bf16) {
-  const i32 column = (ptx::block_x() * ptx::block_threads() + ptx::thread()) * 4;
-  const u64 token = ptx::block_y();
+  const i32 column = (ptx::block_y() * ptx::block_threads() + ptx::thread()) * 4;
+  const u64 token = ptx::block_x();
   if (column >= columns) return;
   float sum[4] = {};
   for (i32 j = 0; j < slots; ++j) {

@@ -1,7 +1,7 @@
 """Run the CUDA sources on the CPU, as they are: a launcher that compiles them with a C++ compiler.
 
-``emulated/ptx.cuh`` stands in for the device instructions; ``emulated/fibers.hpp`` says what it checks besides
-the result.
+``emulated/ptx.cuh`` stands in for the device instructions; ``emulated/fibers.hpp`` says what it checks
+besides the result.
 """
 
 import ctypes

@@ -81,7 +81,7 @@ def _compile(build: KernelBuild, arch: str) -> bytes:
         std="c++17",
         arch=arch,
         include_path=[str(folder)],
-        define_macro=list(build.defines),
+        define_macro=list(build.defines) or None,
     )
     log = io.StringIO()
     _log.info("compiling %s (%s) for %s", build.source, dict(build.defines), arch)

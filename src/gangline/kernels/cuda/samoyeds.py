@@ -1,8 +1,8 @@
 """Experts in Samoyeds codecs on sparse tensor cores: gate, up and activation in one kernel, down in a second.
 
 Tokens are read in place through their numbers, for all experts in one launch; nothing waits for the host. The
-outputs of a token's experts are added in fp32 and ascending expert id, so that a result does not depend on the
-order of work.
+outputs of a token's experts are added in fp32 and ascending expert id, so that a result does not depend on
+the order of work.
 
 Source: Samoyeds, arXiv 2503.10725; what differs is said in ``csrc/cuda/ssmm.cu``.
 
@@ -173,7 +173,7 @@ class SamoyedsKernel:
             blocks = -(-y_PD.shape[1] // (4 * _COMBINE_THREADS))
             pair_TK, weight_TK = routing.pair_TK.contiguous(), routing.weight_TK.contiguous()
             self._launcher(
-                Launch(_COMBINE, (blocks, tokens), _COMBINE_THREADS),
+                Launch(_COMBINE, (tokens, blocks), _COMBINE_THREADS),
                 (y_PD, pair_TK, weight_TK, routing.starts[-1:], out_TD, slots, y_PD.shape[1], 1),
             )
         return out_TD

@@ -1,7 +1,7 @@
 """Sizes of the SSMM kernel: which are compiled, and which serve how many tokens.
 
-What ``csrc/cuda/ssmm.cuh`` computes from the same numbers (bytes of a stage, threads) is computed here too, for
-the launch; emulated kernels run with exactly so much shared memory.
+What ``csrc/cuda/ssmm.cuh`` computes from the same numbers (bytes of a stage, threads) is computed here too,
+for the launch; emulated kernels run with exactly so much shared memory.
 """
 
 from dataclasses import dataclass
