@@ -331,13 +331,13 @@ inline void store_codes(const Words& words, int columns, int bits, std::uint8_t*
 }
 
 // Head and codes of one group of a row block; false as in encode.hpp.
-inline bool encode_group(const EncodeJob& job, const Columns& w, int rows, std::size_t zeros_begin, std::uint8_t* head,
+inline bool encode_group(const EncodeJob& job, const Columns& w, int rows, std::uint8_t* scales, std::uint8_t* zeros,
                          Words& words) {
     const Matrix& m = job.tiles;
     if (m.format == Format::tile_mxfp4) {
         Integers exponent;
         if (!encode_mx(w, exponent, words)) return false;
-        for (int l = 0; l < rows; ++l) head[l] = static_cast<std::uint8_t>(exponent.v[l]);
+        for (int l = 0; l < rows; ++l) scales[l] = static_cast<std::uint8_t>(exponent.v[l]);
         return true;
     }
     const int bits = code_bits(m.format);
@@ -346,8 +346,8 @@ inline bool encode_group(const EncodeJob& job, const Columns& w, int rows, std::
     find_codes(w, found, static_cast<float>((1 << bits) - 1), words);
     for (int l = 0; l < rows; ++l) {
         const auto half = static_cast<std::uint16_t>(half_of(found.scale.v[l]));
-        std::memcpy(head + 2 * l, &half, 2);
-        if (m.has_zeros) head[zeros_begin + static_cast<std::size_t>(l)] = static_cast<std::uint8_t>(found.zero.v[l]);
+        std::memcpy(scales + 2 * l, &half, 2);
+        if (m.has_zeros) zeros[l] = static_cast<std::uint8_t>(found.zero.v[l]);
     }
     return true;
 }
@@ -355,22 +355,18 @@ inline bool encode_group(const EncodeJob& job, const Columns& w, int rows, std::
 bool encode_row_blocks(const EncodeJob& job, int begin, int end) {
     const Matrix& m = job.tiles;
     const TileLayout layout = TileLayout::of(m);
-    const std::size_t entry = m.format == Format::tile_mxfp4 ? 1 : 2;
     Columns w;
     w.count = m.group;
     Words words;
     for (int block = begin; block < end; ++block) {
         std::uint8_t* out = const_cast<std::uint8_t*>(m.data) + static_cast<std::size_t>(block) * layout.block_bytes;
-        std::memset(out, 0, layout.codes_begin);
         for (int group = 0; group < layout.groups; ++group) {
+            const GroupPlace at = GroupPlace::of(layout, group);
+            if (group % stripe_groups == 0) std::memset(out + at.scales, 0, at.codes - at.scales);
             load_group(job, block, group, w);
-            const std::size_t at = static_cast<std::size_t>(group) * lanes;
             const int rows = smaller(lanes, m.rows - block * lanes);
-            // Zero points have one byte where scales have two: from the group's scales to its zero points it is less far
-            // the later the group.
-            if (!encode_group(job, w, rows, layout.zeros_begin - at, out + at * entry, words)) return false;
-            store_codes(words, w.count, code_bits(m.format),
-                        out + layout.codes_begin + static_cast<std::size_t>(group) * layout.group_bytes);
+            if (!encode_group(job, w, rows, out + at.scales, out + at.zeros, words)) return false;
+            store_codes(words, w.count, code_bits(m.format), out + at.codes);
         }
     }
     return true;

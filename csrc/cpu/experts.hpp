@@ -51,7 +51,7 @@ struct Segment {
 // each block of tokens. Returns the number of tasks.
 int cut_into_tasks(const int* starts, int count, int begin, int end, int chunks, std::vector<Segment>& segments);
 
-// Kernels stream up to six blocks of 16 rows at once: tasks of other sizes leave them a slower rest.
+// Rows that a task reads in one stream: enough bytes that its beginning does not count, few enough to keep workers level.
 constexpr int streamed_rows = 96;
 // Tokens of one task: bounds the memory of a worker.
 constexpr int block_tokens = 128;

@@ -43,20 +43,20 @@ int code_value(int code) {
 }
 
 template <Format F>
-float scale_at(const std::uint8_t* block, int group, int row) {
+float scale_at(const std::uint8_t* scales, int row) {
     if constexpr (F == Format::tile_mxfp4) {
-        return scale_of_exponent(block[tile_rows * group + row]);
+        return scale_of_exponent(scales[row]);
     } else {
         std::uint16_t half;
-        std::memcpy(&half, block + 2 * (tile_rows * group + row), sizeof(half));
+        std::memcpy(&half, scales + 2 * row, sizeof(half));
         return scale_of_half(half);
     }
 }
 
 template <Format F>
-int zero_at(const Matrix& w, const TileLayout& tile, const std::uint8_t* block, int group, int row) {
+int zero_at(const Matrix& w, const std::uint8_t* zeros, int row) {
     if (F == Format::tile_mxfp4) return 0;
-    return w.has_zeros ? block[tile.zeros_begin + static_cast<std::size_t>(tile_rows * group + row)] : code_zero(F);
+    return w.has_zeros ? zeros[row] : code_zero(F);
 }
 
 // One group of all 16 rows as integers [quads][16][4].
@@ -79,17 +79,18 @@ void matmul_tiles(const Matrix& w, int row_begin, int row_end, const Activations
         const int rows = row_end - row < tile_rows ? row_end - row : tile_rows;
         const std::uint8_t* block = w.data + static_cast<std::size_t>(row / tile_rows) * tile.block_bytes;
         for (int g = 0; g < tile.groups; ++g) {
-            unpack_group<F>(block + tile.codes_begin + static_cast<std::size_t>(g) * tile.group_bytes, w.group, values);
+            const GroupPlace at_group = GroupPlace::of(tile, g);
+            unpack_group<F>(block + at_group.codes, w.group, values);
             for (int t = 0; t < x.tokens; ++t) {
                 const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(t) * tile.groups + g;
                 const std::int8_t* q = x.q + at * w.group;
                 for (int r = 0; r < rows; ++r) {
-                    std::int32_t dot = -zero_at<F>(w, tile, block, g, r) * x.sum[at];
+                    std::int32_t dot = -zero_at<F>(w, block + at_group.zeros, r) * x.sum[at];
                     for (int c = 0; c < w.group; ++c) {
                         dot += values[c / 4 * quad_bytes + 4 * r + c % 4] * q[c];
                     }
                     float& out = y[t * y_stride + row + r];
-                    const float scaled = scale_at<F>(block, g, r) * static_cast<float>(dot);
+                    const float scaled = scale_at<F>(block + at_group.scales, r) * static_cast<float>(dot);
                     out = std::fma(scaled, x.scale[at], g == 0 ? 0.0F : out);
                 }
             }

@@ -15,7 +15,6 @@ struct Avx2 {
     static constexpr int vectors = 2;
     static constexpr int row_blocks = 1;
     static constexpr int tokens = 2;
-    static constexpr int streams = 3;
     static constexpr bool signed_bytes = true;
     using Bytes = __m256i;
     using Ints = __m256i;

@@ -87,7 +87,6 @@ struct Avx512Base {
 struct Avx512 : Avx512Base {
     static constexpr int row_blocks = 2;
     static constexpr int tokens = 4;
-    static constexpr int streams = 6;
     static constexpr bool signed_bytes = true;
     using Partial = __m512i;
 
@@ -125,7 +124,6 @@ struct Avx512 : Avx512Base {
 struct Avx512Vnni : Avx512Base {
     static constexpr int row_blocks = 2;
     static constexpr int tokens = 6;
-    static constexpr int streams = 6;
     static constexpr bool signed_bytes = false;
     struct Partial {};
 

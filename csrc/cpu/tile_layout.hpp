@@ -1,6 +1,7 @@
-// Where everything of a tiled matrix lies. Rows go in blocks of 16; one block holds
+// Where everything of a tiled matrix lies. Rows go in blocks of 16, their columns in stripes of four groups (the last may have
+// fewer), so that scales lie beside their codes and one stream of bytes feeds a kernel from end to end. One stripe holds
 //   scales     [groups][16] fp16 (mxfp4: E8M0 bytes), zero points [groups][16] bytes (asymmetric formats only), zeros up to
-//              a multiple of 64 bytes, then the codes of one group after another.
+//              a multiple of 64 bytes (of four groups there are none to add), then the codes of one group after another.
 // A quad is 4 neighbouring columns of the 16 rows, 64 positions: position 4 * row + j is column 4 * quad + j, so that a dot
 // product instruction over 4 bytes adds within one row. Codes are unsigned:
 //   int8        64 bytes a quad
@@ -41,24 +42,50 @@ constexpr int code_zero(Format format) {
     return format == Format::tile_mxfp4 ? 12 : 1 << (code_bits(format) - 1);
 }
 
+constexpr int stripe_groups = 4;
+
 struct TileLayout {
     int groups = 0;
-    std::size_t zeros_begin = 0;  // of a row block, in bytes
-    std::size_t codes_begin = 0;
-    std::size_t group_bytes = 0;  // codes of one group
-    std::size_t block_bytes = 0;  // a whole row block
+    std::size_t entry_bytes = 0;   // one scale
+    std::size_t zero_bytes = 0;    // one zero point: 1 or 0
+    std::size_t group_bytes = 0;   // codes of one group
+    std::size_t stripe_bytes = 0;  // a whole stripe
+    std::size_t block_bytes = 0;   // a whole row block
 
     static constexpr TileLayout of(Format format, int group, bool has_zeros, int cols) {
         TileLayout t;
         t.groups = (cols + group - 1) / group;
-        const std::size_t entries = static_cast<std::size_t>(t.groups) * tile_rows;
-        t.zeros_begin = entries * (format == Format::tile_mxfp4 ? 1 : 2);
-        t.codes_begin = (t.zeros_begin + (has_zeros ? entries : 0) + 63) / 64 * 64;
+        t.entry_bytes = format == Format::tile_mxfp4 ? 1 : 2;
+        t.zero_bytes = has_zeros ? 1 : 0;
         t.group_bytes = static_cast<std::size_t>(group) * tile_rows * static_cast<std::size_t>(code_bits(format)) / 8;
-        t.block_bytes = t.codes_begin + t.group_bytes * static_cast<std::size_t>(t.groups);
+        t.stripe_bytes = t.head_bytes(stripe_groups) + t.group_bytes * stripe_groups;
+        const int rest = t.groups % stripe_groups;
+        t.block_bytes = t.stripe_bytes * static_cast<std::size_t>(t.groups / stripe_groups) + t.head_bytes(rest) +
+                        t.group_bytes * static_cast<std::size_t>(rest);
         return t;
     }
     static constexpr TileLayout of(const Matrix& w) { return of(w.format, w.group, w.has_zeros, w.cols); }
+
+    // Of a stripe of so many groups: where its zero points and its codes begin.
+    constexpr std::size_t zeros_begin(int count) const { return static_cast<std::size_t>(count * tile_rows) * entry_bytes; }
+    constexpr std::size_t head_bytes(int count) const {
+        return (static_cast<std::size_t>(count * tile_rows) * (entry_bytes + zero_bytes) + 63) / 64 * 64;
+    }
+    // Groups of the stripe that begins with the group `first`.
+    constexpr int groups_from(int first) const { return groups - first < stripe_groups ? groups - first : stripe_groups; }
+};
+
+// Where one group of a row block lies, from the row block's begin.
+struct GroupPlace {
+    std::size_t scales, zeros, codes;
+
+    static constexpr GroupPlace of(const TileLayout& t, int group) {
+        const int inside = group % stripe_groups, count = t.groups_from(group - inside);
+        const std::size_t stripe = static_cast<std::size_t>(group / stripe_groups) * t.stripe_bytes;
+        const std::size_t before = static_cast<std::size_t>(inside);
+        return {stripe + before * tile_rows * t.entry_bytes, stripe + t.zeros_begin(count) + before * tile_rows,
+                stripe + t.head_bytes(count) + before * t.group_bytes};
+    }
 };
 
 }  // namespace gangline

@@ -13,7 +13,6 @@ struct Neon {
     static constexpr int vectors = 4;
     static constexpr int row_blocks = 1;
     static constexpr int tokens = 4;
-    static constexpr int streams = 1;
     static constexpr bool signed_bytes = true;
     using Bytes = uint8x16_t;
     using Ints = int32x4_t;

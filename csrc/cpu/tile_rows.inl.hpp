@@ -84,14 +84,14 @@ GANGLINE_INLINE typename S::Bytes unpack(const Step& at, int v) {
     }
 }
 
-// Asks the second-level cache for one line in four, 1 KiB ahead: enough to lead the hardware's own fetching, which does the
-// rest. (Measured on Zen 4: asking for every line, or into the first level, is slower than not asking.)
+// Asks for what will be read next, to be kept in the first cache alone: weights are read once a token, and would push
+// everything else (keys and values, code, activations) out of the others.
 template <Format F>
 GANGLINE_INLINE void prefetch_codes(const std::uint8_t* codes) {
 #if defined(__GNUC__) || defined(__clang__)
-    constexpr int ahead = 1024;
+    constexpr int ahead = 2304;
     constexpr int bytes = step_columns * tile_rows * code_bits(F) / 8;
-    for (int line = 0; line < bytes; line += 256) __builtin_prefetch(codes + ahead + line, 0, 2);
+    for (int line = 0; line < bytes; line += 64) __builtin_prefetch(codes + ahead + line, 0, 0);
 #else
     static_cast<void>(codes);
 #endif
@@ -107,9 +107,7 @@ GANGLINE_INLINE void dot_group(const std::uint8_t* const (&codes)[R], int group,
         typename S::Partial partial[T][R][V];
         Step at[R];
         for (int r = 0; r < R; ++r) at[r] = step_of<F>(codes[r], group, step);
-        if constexpr (T == 1) {
-            for (int r = 0; r < R; ++r) prefetch_codes<F>(at[r].codes);
-        }
+        if constexpr (R == 1) prefetch_codes<F>(at[0].codes);
         const std::int8_t* x = q + step * step_columns;
         unrolled<step_quads>([&](auto index) GANGLINE_INLINE_LAMBDA {
             constexpr int i = decltype(index)::value;
@@ -135,7 +133,7 @@ constexpr int zero_shift() {
 
 // Starts every dot product at -zero * sum of the activations.
 template <class S, Format F, int R, int T>
-GANGLINE_INLINE void start_group(const std::uint8_t* const (&zeros)[R], bool has_zeros, const std::int32_t* sum,
+GANGLINE_INLINE void start_group(const std::uint8_t* zeros, std::size_t block_bytes, bool has_zeros, const std::int32_t* sum,
                                  std::ptrdiff_t groups, typename S::Ints (&dot)[T][R][S::vectors]) {
     constexpr int V = S::vectors;
     for (int t = 0; t < T; ++t) {
@@ -143,7 +141,7 @@ GANGLINE_INLINE void start_group(const std::uint8_t* const (&zeros)[R], bool has
             const auto negative = S::ints(-sum[t * groups]);
             for (int r = 0; r < R; ++r)
                 for (int v = 0; v < V; ++v)
-                    dot[t][r][v] = S::multiply(S::load_zeros(zeros[r] + v * (tile_rows / V), zero_shift<S, F>()), negative);
+                    dot[t][r][v] = S::multiply(S::load_zeros(zeros + static_cast<std::size_t>(r) * block_bytes + v * (tile_rows / V), zero_shift<S, F>()), negative);
         } else {
             const auto start = S::ints(-(code_zero(F) - zero_shift<S, F>()) * sum[t * groups]);
             for (int r = 0; r < R; ++r)
@@ -179,25 +177,31 @@ GANGLINE_APART void multiply_block(const Matrix& w, const TileLayout& tile, cons
     const std::int8_t* q = x.q + std::ptrdiff_t{token} * x.padded;
     const float* scale = x.scale + token * groups;
     const std::int32_t* sum = x.sum + token * groups;
-    for (std::ptrdiff_t g = 0; g < groups; ++g) {
-        const std::uint8_t *codes[R], *zeros[R];
-        for (int r = 0; r < R; ++r) {
-            const std::uint8_t* begin = block + static_cast<std::size_t>(r) * tile.block_bytes;
-            codes[r] = begin + tile.codes_begin + static_cast<std::size_t>(g) * tile.group_bytes;
-            zeros[r] = begin + tile.zeros_begin + g * tile_rows;
-        }
-        typename S::Ints dot[T][R][V];
-        start_group<S, F, R, T>(zeros, w.has_zeros, sum + g, groups, dot);
-        dot_group<S, F, R, T>(codes, w.group, q + g * w.group, x.padded, dot);
-        for (int r = 0; r < R; ++r) {
-            for (int v = 0; v < V; ++v) {
-                const std::uint8_t* begin = block + static_cast<std::size_t>(r) * tile.block_bytes;
-                const auto factor = S::template load_scales<F>(begin, static_cast<int>(g) * tile_rows + v * lanes);
-                for (int t = 0; t < T; ++t) {
-                    const auto scaled = S::times(factor, S::to_floats(dot[t][r][v]));
-                    acc[t][r][v] = S::fused(scaled, S::floats(scale[t * groups + g]), acc[t][r][v]);
+    const std::uint8_t* stripe = block;
+    for (int first = 0; first < tile.groups; first += stripe_groups, stripe += tile.stripe_bytes) {
+        const int count = tile.groups_from(first);
+        const std::uint8_t* scales = stripe;
+        const std::uint8_t* zeros = stripe + tile.zeros_begin(count);
+        const std::uint8_t* group_codes = stripe + tile.head_bytes(count);
+        for (int g = first; g < first + count; ++g) {
+            const std::uint8_t* codes[R];
+            for (int r = 0; r < R; ++r) codes[r] = group_codes + static_cast<std::size_t>(r) * tile.block_bytes;
+            typename S::Ints dot[T][R][V];
+            start_group<S, F, R, T>(zeros, tile.block_bytes, w.has_zeros, sum + g, groups, dot);
+            dot_group<S, F, R, T>(codes, w.group, q + std::ptrdiff_t{g} * w.group, x.padded, dot);
+            for (int r = 0; r < R; ++r) {
+                for (int v = 0; v < V; ++v) {
+                    const auto factor =
+                        S::template load_scales<F>(scales + static_cast<std::size_t>(r) * tile.block_bytes, v * lanes);
+                    for (int t = 0; t < T; ++t) {
+                        const auto scaled = S::times(factor, S::to_floats(dot[t][r][v]));
+                        acc[t][r][v] = S::fused(scaled, S::floats(scale[t * groups + g]), acc[t][r][v]);
+                    }
                 }
             }
+            scales += tile_rows * tile.entry_bytes;
+            zeros += tile_rows;
+            group_codes += tile.group_bytes;
         }
     }
     for (int t = 0; t < T; ++t)
@@ -235,6 +239,9 @@ GANGLINE_INLINE int multiply_rows(const Matrix& w, const TileLayout& tile, int r
     return row;
 }
 
+// Up to here the weights' way from memory takes longer than the arithmetic.
+constexpr int few_tokens = 4;
+
 template <class S, Format F>
 void matmul_tiles(const Matrix& w, int row_begin, int row_end, const Activations& x, float* y, std::ptrdiff_t y_stride) {
     const TileLayout tile = TileLayout::of(w);
@@ -242,12 +249,10 @@ void matmul_tiles(const Matrix& w, int row_begin, int row_end, const Activations
     for (int begin = 0; begin < x.tokens; begin += batch) {
         const int end = x.tokens - begin < batch ? x.tokens : begin + batch;
         int row = row_begin;
-        if (end - begin == 1) {
-            // Waits for memory: more row blocks are more streams, each of which the hardware fetches ahead. (Measured on
-            // Zen 4 with one vector a block: 6 beat 1, 2, 4 and 8.)
-            row = multiply_rows<S, F, S::streams, 1>(w, tile, row, row_end, x, begin, end, y, y_stride);
+        // So few tokens wait for memory: one row block after another is one stream of bytes, as fast as plain reading.
+        if (end - begin > few_tokens) {
+            row = multiply_rows<S, F, S::row_blocks, S::tokens>(w, tile, row, row_end, x, begin, end, y, y_stride);
         }
-        row = multiply_rows<S, F, S::row_blocks, S::tokens>(w, tile, row, row_end, x, begin, end, y, y_stride);
         multiply_rows<S, F, 1, S::tokens>(w, tile, row, row_end, x, begin, end, y, y_stride);
     }
 }

@@ -52,12 +52,14 @@ def random_raw(name: str, shape: tuple[int, int]) -> Tensor:
         scales.copy_(torch.randint(100, 140, scales.shape))
         return raw
     if name in TILED:
-        parts = codec.parts(raw, shape)
+        raw_RB = codec.row_blocks(raw, shape)
+        parts = codec.layout.read(raw_RB, shape[1])
         scales = parts.scales_RGS
         mx = name == "tile16:mxfp4"
         scales.copy_(torch.randint(100, 140, scales.shape) if mx else torch.randn(scales.shape) / 8)
         if parts.zeros_RGS is not None:
             parts.zeros_RGS.bitwise_and_(2**codec.layout.width - 1)
+        codec.layout.write(raw_RB, shape[1], parts)
         return raw
     _, group = width_and_group(name)
     scales = (torch.rand(shape[0], -(-shape[1] // group)) + 0.01).half()

@@ -21,22 +21,29 @@ def read_tiles(name: str, raw: Tensor, shape: tuple[int, int]) -> tuple[np.ndarr
     data = raw.numpy().tobytes()
     rows, columns = shape
     groups = -(-columns // group)
-    head = groups * 16 * ((1 if mx else 2) + has_zeros)
-    head += -head % 64
-    block_bytes = head + 16 * groups * group * width // 8
+    entry = 1 if mx else 2
+
+    def head_of(count: int) -> int:
+        used = count * 16 * (entry + has_zeros)
+        return used + -used % 64
+
+    stripe_bytes = head_of(4) + 4 * 2 * group * width
+    rest = groups % 4
+    block_bytes = groups // 4 * stripe_bytes + head_of(rest) + 2 * rest * group * width
     assert len(data) == -(-rows // 16) * block_bytes
     codes = np.zeros(shape, dtype=np.int64)
     scales, zeros = np.zeros((rows, groups)), np.zeros((rows, groups), dtype=np.int64)
     for row in range(rows):
         block, r = data[row // 16 * block_bytes : (row // 16 + 1) * block_bytes], row % 16
         for g in range(groups):
-            at = 16 * g + r
-            scales[row, g] = block[at] if mx else struct.unpack_from("<e", block, 2 * at)[0]
-            zeros[row, g] = block[32 * groups + at] if has_zeros else (0 if mx else 2 ** (width - 1))
-        for column in range(columns):
-            g, c = divmod(column, group)
-            bytes_of_group = block[head + 2 * g * group * width :][: 2 * group * width]
-            codes[row, column] = _code(bytes_of_group, width, group, c, 4 * r + c % 4)
+            inside, count = g % 4, min(4, groups - g // 4 * 4)
+            stripe = block[g // 4 * stripe_bytes :]
+            at = 16 * inside + r
+            scales[row, g] = stripe[at] if mx else struct.unpack_from("<e", stripe, 2 * at)[0]
+            zeros[row, g] = stripe[32 * count + at] if has_zeros else (0 if mx else 2 ** (width - 1))
+            bytes_of_group = stripe[head_of(count) + 2 * inside * group * width :][: 2 * group * width]
+            for c in range(min(group, columns - g * group)):
+                codes[row, g * group + c] = _code(bytes_of_group, width, group, c, 4 * r + c % 4)
     return codes, scales, zeros
 
 

@@ -84,15 +84,18 @@ def make(name: str, rows: int, cols: int, rng: np.random.Generator, codes: str =
 
 
 def pack(kind: Kind, codes_PC: np.ndarray, stored_PG: np.ndarray, zeros_PG: np.ndarray | None) -> np.ndarray:
-    """The bytes of a matrix, row block after row block."""
+    """The bytes of a matrix: row blocks of stripes of four groups, each with its head before its codes."""
     parts = []
     for row in range(0, len(codes_PC), ROWS):
-        head = stored_PG[row : row + ROWS].T.tobytes()
-        if zeros_PG is not None:
-            head += zeros_PG[row : row + ROWS].T.astype(np.uint8).tobytes()
-        parts.append(head + bytes(-len(head) % 64))
-        for column in range(0, codes_PC.shape[1], kind.group):
-            parts.append(pack_group(kind.bits, codes_PC[row : row + ROWS, column : column + kind.group]))
+        block = slice(row, row + ROWS)
+        for group in range(0, stored_PG.shape[1], 4):
+            stripe = slice(group, min(group + 4, stored_PG.shape[1]))
+            head = stored_PG[block, stripe].T.tobytes()
+            if zeros_PG is not None:
+                head += zeros_PG[block, stripe].T.astype(np.uint8).tobytes()
+            parts.append(head + bytes(-len(head) % 64))
+            for column in range(stripe.start * kind.group, stripe.stop * kind.group, kind.group):
+                parts.append(pack_group(kind.bits, codes_PC[block, column : column + kind.group]))
     return np.frombuffer(b"".join(parts), np.uint8)
 
 

@@ -20,7 +20,7 @@ from gangline.formats.grouped import GroupedCodec
 from gangline.formats.mx import BLOCK, MXFP4Codec
 from gangline.formats.registry import get_codec
 from gangline.formats.samoyeds import SparseCodec
-from gangline.formats.tile_layout import ROWS, row_blocks
+from gangline.formats.tile_layout import ROWS, TileParts, row_blocks
 from gangline.formats.tiled import TiledCodec
 
 _GGML = {"ggml:Q4_0": "tile16:int4g32", "ggml:Q8_0": "tile16:int8g32", "ggml:MXFP4": "tile16:mxfp4"}
@@ -118,10 +118,9 @@ def _without_negative_zero(nibbles: Tensor) -> Tensor:
 
 def _store_words(words_NW: Tensor, scales_N: Tensor, shape: Shape, out: Tensor, target: TiledCodec) -> None:
     """Write blocks of 32 weights: 4-bit codes as the words of a row, and scales."""
-    parts = target.parts(out, shape)
-    by_row = (row_blocks(shape[0]), ROWS, -1)
-    fill = -shape[0] % ROWS
+    fill, blocks = -shape[0] % ROWS, row_blocks(shape[0])
     words_OW, scales_OG = words_NW.view(shape[0], -1), scales_N.view(shape[0], -1)
-    words_RSW = pad(words_OW, (0, 0, 0, fill)).view(by_row)
-    parts.words_RW.view(by_row[0], -1, ROWS).copy_(words_RSW.transpose(1, 2))
-    parts.scales_RGS.copy_(pad(scales_OG, (0, 0, 0, fill)).view(by_row).transpose(1, 2))
+    words_RSW = pad(words_OW, (0, 0, 0, fill)).view(blocks, ROWS, -1)
+    scales_RSG = pad(scales_OG, (0, 0, 0, fill)).view(blocks, ROWS, -1)
+    parts = TileParts(scales_RSG.transpose(1, 2), None, words_RSW.transpose(1, 2).reshape(blocks, -1))
+    target.layout.write(target.row_blocks(out, shape), shape[1], parts)

@@ -1,10 +1,12 @@
 """Tiles of 16 rows: the byte order in which the native kernels read a matrix, front to back.
 
-A matrix is a run of row blocks of 16 rows. One row block is:
+A matrix is a run of row blocks of 16 rows. One row block is a run of *stripes* of four groups of columns (the
+last may have fewer), so that scales lie beside their codes and a kernel reads one stream from end to end. One
+stripe is:
 
 1. the scales of its groups, group after group, 16 rows each (fp16, or E8M0 bytes);
 2. with zero points: as many bytes, in the same order;
-3. zeros up to a multiple of 64 bytes;
+3. zeros up to a multiple of 64 bytes (of four groups there are none to add);
 4. the codes, group after group. Four consecutive columns of the 16 rows are a *quad* of 64 positions:
    position ``4 r + j`` is row ``r``, column ``j``.
 
@@ -15,10 +17,11 @@ A matrix is a run of row blocks of 16 rows. One row block is:
 
 Rows past the end have scale 0, columns past the end the code of zero, so that they add nothing.
 
-Shapes: R row blocks, S the 16 rows of one, G groups of a row, Q quads of a row, W 32-bit words (a word is one
-quad of one row), C columns filled up to whole groups.
+Shapes: R row blocks, S the 16 rows of one, N stripes, B bytes, G groups of a row, Q quads of a row, W 32-bit
+words (a word is one quad of one row), C columns filled up to whole groups.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +30,14 @@ from torch import Tensor
 from gangline.formats.codec import Shape
 
 ROWS = 16
+STRIPE_GROUPS = 4
 _QUAD = 4
 _ALIGN = 64
 
 
 @dataclass(frozen=True)
 class TileParts:
-    """Views of the parts of an encoded matrix.
+    """The parts of encoded row blocks.
 
     Attributes:
         scales_RGS: fp16, or uint8 exponents.
@@ -70,31 +74,70 @@ class TileLayout:
         """Columns with those that fill the last group."""
         return self.groups(columns) * self.group
 
-    def head_bytes(self, columns: int) -> int:
-        """Bytes of a row block before its codes."""
-        used = self.groups(columns) * ROWS * (self.scale.itemsize + self.has_zeros)
+    def head_bytes(self, groups: int) -> int:
+        """Bytes of a stripe of so many groups before its codes."""
+        used = groups * ROWS * (self.scale.itemsize + self.has_zeros)
         return -(-used // _ALIGN) * _ALIGN
+
+    def stripe_bytes(self, groups: int) -> int:
+        """Bytes of a stripe of so many groups: a multiple of 64."""
+        return self.head_bytes(groups) + groups * self.group * ROWS * self.width // 8
 
     def block_bytes(self, columns: int) -> int:
         """Bytes of a row block: a multiple of 64."""
-        return self.head_bytes(columns) + ROWS * self.columns(columns) * self.width // 8
+        stripes, rest = divmod(self.groups(columns), STRIPE_GROUPS)
+        return stripes * self.stripe_bytes(STRIPE_GROUPS) + self.stripe_bytes(rest)
 
     def nbytes(self, shape: Shape) -> int:
         """Bytes of a matrix."""
         return row_blocks(shape[0]) * self.block_bytes(shape[1])
 
-    def parts(self, raw: Tensor, shape: Shape) -> TileParts:
-        """The parts of ``raw`` (uint8, of the right size): views unless it starts off a multiple of 4."""
-        if raw.data_ptr() % 4 or raw.storage_offset() % 4:
-            raw = raw.clone()
-        groups, head = self.groups(shape[1]), self.head_bytes(shape[1])
-        raw_RB = raw.view(row_blocks(shape[0]), -1)
-        split = groups * ROWS * self.scale.itemsize
-        scales_RGS = raw_RB[:, :split].view(self.scale).unflatten(1, (groups, ROWS))
-        zeros_RGS = None
-        if self.has_zeros:
-            zeros_RGS = raw_RB[:, split : split + groups * ROWS].unflatten(1, (groups, ROWS))
-        return TileParts(scales_RGS, zeros_RGS, raw_RB[:, head:].view(torch.int32))
+    def read(self, raw_RB: Tensor, columns: int) -> TileParts:
+        """Return copies of the parts of row blocks (uint8)."""
+        if raw_RB.data_ptr() % 4 or raw_RB.storage_offset() % 4:
+            raw_RB = raw_RB.clone()
+        blocks = len(raw_RB)
+        scales, zeros, words = [], [], []
+        for stripes_RNB, groups in self._stripes(raw_RB, columns):
+            scale_RNB, zero_RNB, codes_RNB = self._parts(stripes_RNB, groups)
+            scales.append(scale_RNB.view(self.scale).reshape(blocks, -1, ROWS))
+            zeros.append(zero_RNB.reshape(blocks, -1, ROWS))
+            words.append(codes_RNB.view(torch.int32).reshape(blocks, -1))
+        zeros_RGS = torch.cat(zeros, dim=1) if self.has_zeros else None
+        return TileParts(torch.cat(scales, dim=1), zeros_RGS, torch.cat(words, dim=1))
+
+    def write(self, raw_RB: Tensor, columns: int, parts: TileParts) -> None:
+        """Put the parts of row blocks into their bytes (uint8, zeroed), of which there are as many."""
+        group = word = 0
+        for stripes_RNB, groups in self._stripes(raw_RB, columns):
+            scale_RNB, zero_RNB, codes_RNB = self._parts(stripes_RNB, groups)
+            several = slice(group, group + groups * stripes_RNB.shape[1])
+            scales_RNW, words_RNW = scale_RNB.view(self.scale), codes_RNB.view(torch.int32)
+            scales_RNW.copy_(parts.scales_RGS[:, several].reshape(scales_RNW.shape))
+            if parts.zeros_RGS is not None:
+                zero_RNB.copy_(parts.zeros_RGS[:, several].reshape(zero_RNB.shape))
+            count = words_RNW[0].numel()
+            words_RNW.copy_(parts.words_RW[:, word : word + count].reshape(words_RNW.shape))
+            group, word = several.stop, word + count
+
+    def _stripes(self, raw_RB: Tensor, columns: int) -> Iterator[tuple[Tensor, int]]:
+        """Yield views of stripes of equally many groups, and how many: the whole ones, then what is left."""
+        stripes, rest = divmod(self.groups(columns), STRIPE_GROUPS)
+        split = stripes * self.stripe_bytes(STRIPE_GROUPS)
+        if stripes:
+            yield raw_RB[:, :split].unflatten(1, (stripes, -1)), STRIPE_GROUPS
+        if rest:
+            yield raw_RB[:, split:].unflatten(1, (1, -1)), rest
+
+    def _parts(self, stripes_RNB: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Bytes of the scales, of the zero points (perhaps none) and of the codes."""
+        scales = groups * ROWS * self.scale.itemsize
+        zeros = groups * ROWS * self.has_zeros
+        return (
+            stripes_RNB[..., :scales],
+            stripes_RNB[..., scales : scales + zeros],
+            stripes_RNB[..., self.head_bytes(groups) :],
+        )
 
     def unpack(self, words_RW: Tensor) -> Tensor:
         """Codes ``(R, 16, C)``, uint8, of row blocks."""

@@ -58,10 +58,10 @@ class TiledCodec(ABC):
 
     def decode(self, raw: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
         """See ``Codec.decode``; computed in fp32, rounded once to ``dtype``."""
-        parts = self.parts(raw, shape)
+        raw_RB = self.row_blocks(raw, shape)
         out_OI = torch.empty(shape, dtype=dtype, device=raw.device)
         for blocks, rows in self._chunks(shape):
-            w_RSGL = self._dequantize(self._groups(parts, blocks), dtype)
+            w_RSGL = self._dequantize(self._groups(raw_RB[blocks], shape[1]), dtype)
             out_OI[rows] = w_RSGL.flatten(0, 1).flatten(1)[: rows.stop - rows.start, : shape[1]]
         return out_OI
 
@@ -69,7 +69,7 @@ class TiledCodec(ABC):
         """See ``Codec.encode``; FormatError if a weight is nan, infinite or too large for the scales."""
         shape = check_weight(self.name, weight)
         raw = torch.zeros(self.nbytes(shape), dtype=torch.uint8, device=weight.device)
-        parts = self.parts(raw, shape)
+        raw_RB = self.row_blocks(raw, shape)
         for blocks, rows in self._chunks(shape):
             w_OI = weight[rows].detach().to(torch.float32)
             fill = self.layout.columns(shape[1]) - shape[1]
@@ -79,7 +79,7 @@ class TiledCodec(ABC):
             except FormatError as error:
                 raise FormatError(f"{self.name}: {error}") from error
             found.scales_RGS.transpose(1, 2).flatten(0, 1)[len(w_OI) :] = 0
-            self._store(parts, blocks, found)
+            self._store(raw_RB[blocks], shape[1], found)
         return raw
 
     def slice_rows(self, raw: Tensor, shape: Shape, start: int, stop: int) -> Tensor:
@@ -90,7 +90,7 @@ class TiledCodec(ABC):
             step = self.layout.block_bytes(shape[1])
             return raw[start // ROWS * step : row_blocks(stop) * step]
         blocks = slice(start // ROWS, row_blocks(stop))
-        whole = self._groups(self.parts(raw, shape), blocks)
+        whole = self._groups(self.row_blocks(raw, shape)[blocks], shape[1])
         rows = slice(start - blocks.start * ROWS, stop - blocks.start * ROWS)
 
         def cut(part_RSX: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class TiledCodec(ABC):
         raw = out
         if raw is None:
             raw = torch.zeros(self.nbytes(shape), dtype=torch.uint8, device=codes_OI.device)
-        parts = self.parts(raw, shape)
+        raw_RB = self.row_blocks(raw, shape)
         for blocks, rows in self._chunks(shape):
             codes_OC = self._fill_columns(codes_OI[rows], None if zeros_OG is None else zeros_OG[rows])
             found = Groups(
@@ -124,12 +124,12 @@ class TiledCodec(ABC):
                 _by_block(scales_OG[rows], 0).transpose(1, 2),
                 None if zeros_OG is None else _by_block(zeros_OG[rows], 0).transpose(1, 2),
             )
-            self._store(parts, blocks, found)
+            self._store(raw_RB[blocks], shape[1], found)
         return raw
 
-    def parts(self, raw: Tensor, shape: Shape) -> TileParts:
-        """Scales, zero points and codes; views of ``raw`` where it is aligned to 4 bytes."""
-        return self.layout.parts(check_raw(self.name, raw, shape, self.nbytes(shape)), shape)
+    def row_blocks(self, raw: Tensor, shape: Shape) -> Tensor:
+        """A view of ``raw`` with the bytes of each row block in a row."""
+        return check_raw(self.name, raw, shape, self.nbytes(shape)).view(row_blocks(shape[0]), -1)
 
     @property
     @abstractmethod
@@ -150,15 +150,13 @@ class TiledCodec(ABC):
             stop = min(start + step, row_blocks(shape[0]))
             yield slice(start, stop), slice(start * ROWS, min(stop * ROWS, shape[0]))
 
-    def _groups(self, parts: TileParts, blocks: slice) -> Groups:
-        zeros_RGS = None if parts.zeros_RGS is None else parts.zeros_RGS[blocks]
-        return Groups(self.layout.unpack(parts.words_RW[blocks]), parts.scales_RGS[blocks], zeros_RGS)
+    def _groups(self, raw_RB: Tensor, columns: int) -> Groups:
+        parts = self.layout.read(raw_RB, columns)
+        return Groups(self.layout.unpack(parts.words_RW), parts.scales_RGS, parts.zeros_RGS)
 
-    def _store(self, parts: TileParts, blocks: slice, groups: Groups) -> None:
-        parts.words_RW[blocks] = self.layout.pack(groups.codes_RSC)
-        parts.scales_RGS[blocks] = groups.scales_RGS
-        if parts.zeros_RGS is not None and groups.zeros_RGS is not None:
-            parts.zeros_RGS[blocks] = groups.zeros_RGS
+    def _store(self, raw_RB: Tensor, columns: int, groups: Groups) -> None:
+        words_RW = self.layout.pack(groups.codes_RSC)
+        self.layout.write(raw_RB, columns, TileParts(groups.scales_RGS, groups.zeros_RGS, words_RW))
 
     def _fill_columns(self, codes_OI: Tensor, zeros_OG: Tensor | None) -> Tensor:
         fill = self.layout.columns(codes_OI.shape[1]) - codes_OI.shape[1]

@@ -38,7 +38,8 @@ from gangline.runtime.store import ExpertStore
 logger = logging.getLogger(__name__)
 
 IO_THREADS = 4
-PACK_LAYOUT = 1
+# Counts the changes of what the bytes of a pack mean: old ones are then not found, and made anew.
+PACK_LAYOUT = 2
 
 
 def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
