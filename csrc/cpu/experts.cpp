@@ -13,7 +13,7 @@
 namespace gangline {
 namespace {
 
-// Whole strides of what kernels stream at once for one token.
+// Rows of one task.
 constexpr int task_rows = streamed_rows;
 
 // Rows of gate and up that one task takes: chunks of h end where a group of the down projection ends.
