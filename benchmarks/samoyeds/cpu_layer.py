@@ -76,7 +76,7 @@ def swiglu(h_NG: Tensor) -> Tensor:
 
 
 def matrix_bytes(codec_name: str, rows: int, columns: int) -> Tensor:
-    """A matrix whose rows repeat after ``PATTERN_ROWS``, as tiles of all formats here do not share anything."""
+    """A matrix whose rows repeat after ``PATTERN_ROWS``, as no two tiles share anything."""
     codec = get_codec(codec_name)
     w_OI = torch.randn(PATTERN_ROWS, columns) / columns**0.5
     if isinstance(codec, SparseCodec):
