@@ -11,6 +11,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
 
 from gangline.core.errors import UsageError
 from gangline.models import MoEBlock, MoEView
@@ -42,16 +44,38 @@ class RouterScores:
         self._dtype = next(block.router.parameters()).dtype
         self._sigmoid = block.router_spec is not None and block.router_spec.score == "sigmoid"
         self._token_ids = torch.zeros(1, dtype=torch.long)
+        self._weight_ED = self._plain_weight(router)
 
     def __call__(self, x_TD: Any) -> NDArray[np.float32]:
         """Return scores ``[T, E]`` (softmax or sigmoid) for inputs ``[T, D]``, of torch or NumPy."""
-        x_TD = torch.as_tensor(x_TD).to(self._dtype)
-        if len(self._token_ids) != len(x_TD):
-            self._token_ids = torch.zeros(len(x_TD), dtype=torch.long)
+        x_TD = torch.as_tensor(x_TD)
+        if x_TD.dtype is not self._dtype:
+            x_TD = x_TD.to(self._dtype)
         with torch.no_grad():
-            logits_TE = self._block.adapter.route(self._block, x_TD, self._token_ids).logits_TE.float()
+            if self._weight_ED is None:
+                logits_TE = self._ask(x_TD).float()
+            else:
+                logits_TE = functional.linear(x_TD, self._weight_ED).float()
             scores_TE = logits_TE.sigmoid() if self._sigmoid else logits_TE.softmax(-1)
         return cast("NDArray[np.float32]", scores_TE.numpy())
+
+    def _ask(self, x_TD: Tensor) -> Tensor:
+        """Return the logits that the router module gives."""
+        if len(self._token_ids) != len(x_TD):
+            self._token_ids = torch.zeros(len(x_TD), dtype=torch.long)
+        return self._block.adapter.route(self._block, x_TD, self._token_ids).logits_TE
+
+    def _plain_weight(self, router: nn.Module) -> Tensor | None:
+        """Return the router's matrix if its logits are that times the input: a product instead of a call."""
+        weight_ED = router._parameters.get("weight")
+        if weight_ED is None or weight_ED.dim() != 2 or weight_ED.is_meta:
+            return None
+        generator = torch.Generator().manual_seed(0)
+        x_TD = torch.randn(4, weight_ED.shape[1], generator=generator).to(self._dtype)
+        with torch.no_grad():
+            asked_TE, plain_TE = self._ask(x_TD).float(), functional.linear(x_TD, weight_ED).float()
+        same = asked_TE.shape == plain_TE.shape and torch.allclose(asked_TE, plain_TE, rtol=1e-2, atol=1e-2)
+        return weight_ED.detach() if same else None
 
 
 def router_scores(view: MoEView) -> list[RouterScores]:

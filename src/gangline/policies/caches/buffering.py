@@ -28,6 +28,7 @@ class ExpertBuffering(RankedCache):
 
     def on_event(self, event: RoutingEvent, hits: tuple[int, ...]) -> None:
         """Note which experts of the layer the batch uses."""
+        self.reranked()
         self._active[event.layer] = frozenset(event.experts)
 
     def admitted(self, key: ExpertKey) -> None:

@@ -56,6 +56,7 @@ class HobbitCache(RankedCache):
 
     def on_event(self, event: RoutingEvent, hits: tuple[int, ...]) -> None:
         """Count the uses of the event; every use is high precision until ``on_precision`` says otherwise."""
+        self.reranked()
         if event.step != self._step:
             self._step = event.step
             self._tokens += event.tokens
@@ -68,6 +69,7 @@ class HobbitCache(RankedCache):
 
     def on_precision(self, event: RoutingEvent, chosen: Mapping[int, Precision]) -> None:
         """Take back the high-precision uses of experts that run in LOW or not at all."""
+        self.reranked()
         for expert, count in zip(event.experts, event.counts, strict=True):
             if chosen.get(expert, Precision.HIGH) is not Precision.HIGH:
                 self._high[ExpertKey(event.layer, expert)] -= count
@@ -79,6 +81,7 @@ class HobbitCache(RankedCache):
 
     def on_request_start(self) -> None:
         """Forget the last sequence."""
+        self.reranked()
         self._start_sequence()
 
     def _start_sequence(self) -> None:

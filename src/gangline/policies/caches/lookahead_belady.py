@@ -41,6 +41,7 @@ class LookaheadBelady(RankedCache):
 
     def on_event(self, event: RoutingEvent, hits: tuple[int, ...]) -> None:
         """Forget forecasts that are past."""
+        self.reranked()
         self._now = (event.step, event.layer)
         self._events += 1
         self._expected = {at: experts for at, experts in self._expected.items() if at > self._now}
@@ -54,6 +55,7 @@ class LookaheadBelady(RankedCache):
 
     def on_forecast(self, forecasts: Sequence[Forecast]) -> None:
         """Take the newest forecast for each layer of each pass."""
+        self.reranked()
         for forecast in forecasts:
             at = (forecast.step, forecast.layer)
             if at > self._now:

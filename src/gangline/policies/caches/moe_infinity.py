@@ -48,6 +48,7 @@ class MoEInfinityCache(RankedCache):
 
     def on_event(self, event: RoutingEvent, hits: tuple[int, ...]) -> None:
         """Count the uses that break ties."""
+        self.reranked()
         self._events += 1
         for expert, count in zip(event.experts, event.counts, strict=True):
             self._uses[ExpertKey(event.layer, expert)] += count
@@ -55,6 +56,7 @@ class MoEInfinityCache(RankedCache):
 
     def on_forecast(self, forecasts: Sequence[Forecast]) -> None:
         """Take the newest predicted row of each layer."""
+        self.reranked()
         for forecast in forecasts:
             total = sum(forecast.probabilities)
             if total > 0:

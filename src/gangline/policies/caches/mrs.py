@@ -50,6 +50,7 @@ class MRS(RankedCache):
         Raises:
             UsageError: the event carries no scores.
         """
+        self.reranked()
         if event.detail is None or event.detail.scores_TE is None:
             raise UsageError(
                 "the mrs cache needs the router's scores of all experts; record the trace with scores, "

@@ -63,16 +63,51 @@ class GroupedCache(CachePolicy):
 
 
 class RankedCache(GroupedCache):
-    """Evicts the lowest rank; ranks may change at any time (all candidates are looked at)."""
+    """Evicts the lowest rank; ranks may change at any event.
+
+    All candidates are ranked once for each event, however many victims it takes: who changes a rank calls
+    ``reranked``.
+    """
+
+    def __init__(self, quotas: Sequence[int] | None = None) -> None:
+        super().__init__(quotas)
+        self._ranking: dict[int, list[tuple[Rank, ExpertKey]]] = {}
 
     @abstractmethod
     def rank(self, key: ExpertKey) -> Rank:
         """Return how much ``key`` deserves its slot now; ties go by key."""
 
+    def reranked(self) -> None:
+        """Take note that ranks may have changed."""
+        self._ranking.clear()
+
+    def admitted(self, key: ExpertKey) -> None:
+        """Note a new resident."""
+        super().admitted(key)
+        ranking = self._ranking.get(self._group(key))
+        if ranking is not None:
+            heapq.heappush(ranking, (self.rank(key), key))
+
     def pick(self, group: int, evictable: Evictable) -> ExpertKey | None:
         """Return the evictable resident of the lowest rank."""
-        candidates = (key for key in self._groups[group] if evictable(key))
-        return min(candidates, key=lambda key: (self.rank(key), key), default=None)
+        residents = self._groups[group]
+        ranking = self._ranking.get(group)
+        if ranking is None:
+            ranking = self._ranking[group] = [(self.rank(key), key) for key in residents]
+            heapq.heapify(ranking)
+        passed: list[tuple[Rank, ExpertKey]] = []
+        found = None
+        while ranking and found is None:
+            entry = heapq.heappop(ranking)
+            rank, key = entry
+            if key not in residents or rank != self.rank(key) or (passed and passed[-1] == entry):
+                continue  # it has gone, or left and came back
+            passed.append(entry)
+            if evictable(key):
+                found = key
+        for entry in passed:
+            heapq.heappush(ranking, entry)
+        return found
 
 
 class TouchRankedCache(RankedCache):

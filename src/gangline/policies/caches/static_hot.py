@@ -32,6 +32,7 @@ class StaticHot(RankedCache):
 
     def on_event(self, event: RoutingEvent, hits: tuple[int, ...]) -> None:
         """Note the uses."""
+        self.reranked()
         self._events += 1
         for expert in event.experts:
             self._last[ExpertKey(event.layer, expert)] = self._events

@@ -41,6 +41,7 @@ class WindowOracle(RankedCache):
 
     def on_event(self, event: RoutingEvent, hits: tuple[int, ...]) -> None:
         """Move the clock and note the uses."""
+        self.reranked()
         self._future.advance(event)
         for expert in event.experts:
             self._last[ExpertKey(event.layer, expert)] = self._future.now
