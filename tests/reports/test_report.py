@@ -255,3 +255,13 @@ def test_clustering_puts_pairs_side_by_side(rng):
     found = clustered(similar)
     assert sorted(found) == list(range(8))
     assert all(similar[found[n], found[n + 1]] == 1 for n in range(0, 8, 2))
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize(("docs", "tokens"), [(1, 1), (5, 1), (2, 2), (3, 6)])
+def test_small_traces_make_a_page_without_warnings(rng, tmp_path, docs, tokens):
+    labels = [{"domain": "ab"[n % 2]} for n in range(docs)]
+    folder = write_trace(tmp_path / "t", rng, docs=docs, tokens=tokens, labels=labels, logits=True)
+    made = build_report(open_study([folder]))
+    json.dumps(plain(made.to_dict()), allow_nan=False)
+    assert all(section.says or section.lacks for section in made.sections)

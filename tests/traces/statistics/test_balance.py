@@ -130,6 +130,7 @@ def test_repetition_by_chance_and_by_runs(seed):
     random = repetition(first, np.eye(8, dtype=bool)[first], doc, rng)
     assert random.first == pytest.approx(random.first_chance, abs=0.03) == pytest.approx(1 / 8, abs=0.03)
     runs_of_ten = np.repeat(rng.integers(8, size=400), 10)
+    assert repetition(first[:2], np.eye(8, dtype=bool)[first[:2]], np.arange(2), rng) is None
     found = repetition(runs_of_ten, np.eye(8, dtype=bool)[runs_of_ten], doc, rng)
     assert found.first == pytest.approx(0.9 + 0.1 / 8, abs=0.03) and found.any == found.overlap == found.first
     assert found.overlap_chance == pytest.approx(1 / 8, abs=0.05)

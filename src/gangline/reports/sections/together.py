@@ -30,9 +30,10 @@ def together_section(study: Study) -> Section:
         for n, layer in enumerate(study.header.layers)
     ]
     moves = [transition(study.used(n)[rows], study.used(n + 1)[rows], rng, 5) for n in study.layers[:-1]]
-    again = [
+    repeats = (
         repetition(first_choice(study.rows.layer(n)), study.used(n), study.doc_R, rng) for n in study.layers
-    ]
+    )
+    again = [one for one in repeats if one is not None]
     numbers: dict[str, Any] = {
         "tokens": len(rows),
         "coactivation": [None if one is None else asdict(one) for one in pairs],
@@ -62,10 +63,11 @@ def _says(pairs: list[Coactivation | None], moves: list[Transition], again: list
             "uses are not explained by how busy each is (chance: "
             f"{percent(float(np.mean([o.null.high for o in some])), 1)}). "
         )
-    overlap = float(np.mean([one.overlap for one in again]))
-    chance = float(np.mean([one.overlap_chance for one in again]))
-    text += f"A token shares {percent(overlap)} of its experts with the one before; in random order "
-    text += f"{percent(chance)}."
+    if again:
+        overlap = float(np.mean([one.overlap for one in again]))
+        chance = float(np.mean([one.overlap_chance for one in again]))
+        text += f"A token shares {percent(overlap)} of its experts with the one before; in random order "
+        text += f"{percent(chance)}."
     if moves:
         share = float(np.mean([move.share for move in moves]))
         text += (
@@ -100,18 +102,20 @@ def _pictures(
         ]
         draw = chart("Co-activation beyond loads", "MoE layer", "share of pairs", lines, shares=True)
         made.append(Picture("coactivation_layers", "Co-activation of each layer beside chance", draw))
-    layers = list(range(len(again)))
-    lines = [
-        Line("same first choice", layers, [a.first for a in again]),
-        Line("shared experts", layers, [a.overlap for a in again]),
-        Line("same first choice, by chance", layers, [a.first_chance for a in again], chance=True),
-    ]
-    draw = chart("What a token takes over from the one before", "MoE layer", "share", lines, shares=True)
-    made.append(Picture("repetition", "Repetition of experts from token to token", draw))
-    if moves:
+    if again:
+        layers = list(range(len(again)))
         lines = [
-            Line("bits about the next layer", layers[:-1], [m.information for m in moves]),
-            Line("chance", layers[:-1], [m.null.mean for m in moves], chance=True),
+            Line("same first choice", layers, [a.first for a in again]),
+            Line("shared experts", layers, [a.overlap for a in again]),
+            Line("same first choice, by chance", layers, [a.first_chance for a in again], chance=True),
+        ]
+        draw = chart("What a token takes over from the one before", "MoE layer", "share", lines, shares=True)
+        made.append(Picture("repetition", "Repetition of experts from token to token", draw))
+    if moves:
+        layers = list(range(len(moves)))
+        lines = [
+            Line("bits about the next layer", layers, [m.information for m in moves]),
+            Line("chance", layers, [m.null.mean for m in moves], chance=True),
         ]
         draw = chart(
             "What an expert tells about the next layer", "MoE layer", "mutual information (bits)", lines

@@ -52,9 +52,10 @@ def context_independence(
     number_R, ids = numbered(token_R)
     counts_V = np.bincount(number_R, minlength=ids)
     repeated = int(counts_V[counts_V > 1].sum())
-    everyone = np.zeros(len(used_RN), dtype=np.int64)
-    total = _distance(used_RN, everyone, 1)
-    if not repeated or not total:
+    if not repeated:
+        return None
+    total = _distance(used_RN, np.zeros(len(used_RN), dtype=np.int64), 1)
+    if not total:
         return None
     within = _distance(used_RN, number_R, ids)
     chance = np.array([1 - _distance(used_RN, rng.permutation(number_R), ids) / total for _ in range(draws)])

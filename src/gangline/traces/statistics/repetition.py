@@ -33,16 +33,18 @@ class Repetition:
     overlap_chance: float
 
 
-def repetition(first_R: Array, used_RN: Array, doc_R: Array, rng: Generator) -> Repetition:
-    """Measure repetition over rows in the order of their documents.
+def repetition(first_R: Array, used_RN: Array, doc_R: Array, rng: Generator) -> Repetition | None:
+    """Measure repetition over rows in the order of their documents; None if no document has two tokens.
 
     Args:
         first_R: each token's first choice.
         used_RN: all its experts.
-        doc_R: its document; rows of one document stand together, at least one has two.
+        doc_R: its document; rows of one document stand together.
         rng: for the order of the null.
     """
     same = doc_R[1:] == doc_R[:-1]
+    if not same.any():
+        return None
     share_N = np.bincount(first_R) / len(first_R)
     any_, overlap = _shared(used_RN, same)
     any_chance, overlap_chance = _shared(rng.permutation(used_RN), same)
