@@ -21,6 +21,7 @@ from gangline.policies.predictors.read_me import DecoupledRouter
 from gangline.policies.predictors.registry import PREDICTORS
 from gangline.policies.predictors.saved import save_predictor
 from gangline.policies.predictors.sida import HashFunction
+from gangline.runtime.router_scores import router_scores
 from gangline.traces import TraceWriter
 from gangline.traces.describe import describe_recording
 from gangline.traces.record import record_generation
@@ -241,3 +242,21 @@ def test_refusals(saved: tuple[Any, Path], tmp_path: Path) -> None:
             gangline.load(folder, expert_slots=6, **options)
     with pytest.raises(UsageError, match="not of read-me"):
         gangline.load(folder, expert_slots=6, policy="sida", predictor=learned(model, "read-me", tmp_path))
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "deepseek_v3", "gpt_oss", "jetmoe"])
+def test_router_scores_are_the_routers_and_nobody_hears_of_them(family: str, seed: int) -> None:
+    view = find_moe(tiny_model(family, seed=seed))
+    heard: list[int] = []
+    block = view.blocks[-1]
+    assert block.router is not None
+    block.router.register_forward_hook(lambda *_: heard.append(1))
+    x_TD = torch.randn(6, block.geometry.hidden)
+    scores_TE = router_scores(view)[-1](x_TD)
+    assert heard == []
+    with torch.no_grad():
+        routed = block.adapter.route(block, x_TD, torch.zeros(6, dtype=torch.long))
+    logits_TE = routed.logits_TE.float()
+    sigmoid = block.router_spec is not None and block.router_spec.score == "sigmoid"
+    want_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
+    torch.testing.assert_close(torch.from_numpy(scores_TE), want_TE, rtol=1e-2, atol=1e-3)
