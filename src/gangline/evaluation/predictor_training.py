@@ -39,7 +39,7 @@ class TrainingSettings:
     epochs: int | None = None
     lr: float | None = None
     hidden: int | None = None
-    batch: int = 8
+    batch: int = 2
     seed: int = 0
     ce: float = 0.005
     top: int = 30
@@ -66,7 +66,7 @@ class Trained:
 
 # The papers' own learning rates (SiDA 5e-5, Read-ME 5e-4) need hours; these reach the same within minutes.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "sida": {"epochs": 10, "lr": 1e-3, "hidden": 256},
+    "sida": {"epochs": 8, "lr": 2e-3, "hidden": 256},
     "expertflow": {"epochs": 10, "lr": 1e-3, "hidden": 32},
     "read-me": {"epochs": 6, "lr": 5e-4, "hidden": 512},
     "pre-gate": {"epochs": 4, "lr": 1e-3},
