@@ -1,0 +1,105 @@
+"""Perplexity of the demo model with pruned experts, by pattern and method, on text that nobody looked at.
+
+    python benchmarks/sparsify_quality.py --work demo-text --json
+
+The peer of every row is the unpruned demo in the same run, so a ratio below 1 is a loss. Needs apt-get for
+the texts that scripts/demo_text.py names: those of training calibrate, those held out judge.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from gangline.benchmarks.result import Row, compare, write_result
+from gangline.compress.demo import ensure_demo
+from gangline.compress.demo_source import find_gguf
+from gangline.compress.dense_to_moe import load_dense
+from gangline.compress.sparsify import METHODS, SparsifySettings
+from gangline.evaluation.sparsification import SparsifyReport, SparsifyTexts, sparsify_checkpoint
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import demo_text
+
+PEER = "unpruned demo"
+
+
+def mixed_text(names: list[str], tokens: int, work: Path) -> str:
+    """As many tokens of each of some texts, from their middle, as add up to ``tokens``."""
+    dense, tokenizer = load_dense(find_gguf())
+    parts = []
+    for name in names:
+        ids_T = demo_text.source_ids(name, tokenizer, dense, work)
+        count = min(len(ids_T), tokens // len(names))
+        start = (len(ids_T) - count) // 2
+        parts.append(str(tokenizer.decode(ids_T[start : start + count])))
+    return "\n\n".join(parts)
+
+
+def rows_of(report: SparsifyReport, tokens: int) -> list[Row]:
+    """Perplexity, kept energy and true bits of one run."""
+    settings = report.settings
+    work = f"demo, {settings.pattern}, {settings.method}, {settings.precision}, {tokens} calibration tokens"
+    before, after = report.perplexity_before, report.perplexity_after
+    assert before is not None
+    assert after is not None
+    return [
+        compare(
+            f"{work}, {report.held_out_tokens} tokens",
+            "perplexity",
+            [after],
+            PEER,
+            [before],
+            higher_is_better=False,
+        ),
+        compare(work, "kept share of squared weights", [report.kept]),
+        compare(
+            work,
+            "bits per expert weight",
+            [report.bits_per_weight],
+            PEER,
+            [report.stored_bits_per_weight],
+            higher_is_better=False,
+        ),
+    ]
+
+
+def main() -> None:
+    """Measure, print, and with --json store."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, help="folder for texts, kept between runs")
+    parser.add_argument("--patterns", nargs="*", default=["2:4", "3:4:32", "1:2:32"])
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--values", nargs="*", default=["bf16"], help="bf16, int8, int4, ...")
+    parser.add_argument("--tokens", type=int, default=32768, help="calibration tokens")
+    parser.add_argument("--held-out-tokens", type=int, default=8192)
+    parser.add_argument("--permute", action="store_true", help="reorder intermediate channels")
+    parser.add_argument("--json", action="store_true", help="store benchmarks/results/sparsify_quality.json")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    calibration = mixed_text(list(demo_text.TRAIN_PACKAGES), args.tokens * 5 // 4, args.work)
+    judged = mixed_text(list(demo_text.HELD_OUT_PACKAGES), args.held_out_tokens, args.work)
+    texts = SparsifyTexts(calibration, judged, args.tokens, args.held_out_tokens)
+    rows: list[Row] = []
+    for pattern in args.patterns:
+        for method in args.methods:
+            for values in args.values:
+                settings = SparsifySettings(pattern, method, values, permute=args.permute)
+                with tempfile.TemporaryDirectory() as folder:
+                    report = sparsify_checkpoint(
+                        ensure_demo(), Path(folder) / "sparse", texts=texts, settings=settings
+                    )
+                rows += rows_of(report, report.calibration_tokens)
+                print(json.dumps([asdict(row) for row in rows[-3:]], indent=1), flush=True)
+    if args.json:
+        print(write_result("sparsify_quality", rows))
+
+
+if __name__ == "__main__":
+    main()
