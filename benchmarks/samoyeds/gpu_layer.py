@@ -7,8 +7,8 @@ Shapes are those of the models that the paper of Samoyeds (arXiv 2503.10725) mea
 random; all experts have the same values at addresses of their own. Peers compute with the same weights:
 torch's dense product and its 2:4 product, one expert after the other, and torch's grouped product. Each is
 checked against the grouped product before it is timed. A reading is one CUDA graph replay between two events,
-with the L2 cache overwritten before it; what cannot be captured is timed as it is, and says so. The routing is
-part of what is timed for us and for the grouped product; the others get it for nothing.
+with the L2 cache overwritten before it; what cannot be captured is timed as it is, and says so. The routing
+is part of what is timed for us and for the grouped product; the others get it for nothing.
 
 The bound is the larger of two times: the bytes of the experts in use over the bandwidth of a copy, and the
 sparse operations over twice the rate of a dense product, both measured at the start.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gangline.kernels.cuda.errors import CudaKernelError
 
-_INSTALLED = Path(__file__).parent / "csrc"
+_INSTALLED = Path(__file__).parents[2] / "csrc" / "cuda"
 _CHECKOUT = Path(__file__).parents[4] / "csrc" / "cuda"
 
 
