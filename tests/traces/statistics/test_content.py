@@ -35,17 +35,18 @@ def hashed(token_R):
 def test_random_routing_has_no_domains(rng):
     doc = np.repeat(np.arange(20), 60)
     found = specialisation(random_used(rng, 1200), doc, np.arange(20) % 2, rng, draws=200)
-    assert found.null.p_value > 0.01 and found.divergence < 0.01
+    assert found.divergence < 0.01 and found.divergence < 2 * found.null.high
     assert np.allclose(np.mean(found.shares), K / N)
 
 
 def test_documents_not_tokens_are_what_varies(rng):
     """Documents that differ, but not by group, are no affinity, however many tokens they have."""
-    favourite = rng.integers(N, size=12)
-    doc = np.repeat(np.arange(12), 500)
-    used_RN = np.eye(N, dtype=bool)[favourite[doc]] | random_used(rng, 6000)
-    found = specialisation(used_RN, doc, np.arange(12) % 2, rng, draws=200)
-    assert found.divergence > 0.005 and found.null.high > 0.01
+    favourite = rng.permutation(12) % N
+    doc = np.repeat(np.arange(12), 300)
+    used_RN = np.eye(N, dtype=bool)[favourite[doc]]
+    found = specialisation(used_RN, doc, np.arange(12) % 2, rng, draws=100)
+    same = specialisation(used_RN[rng.permutation(3600)], doc, np.arange(12) % 2, rng, draws=100)
+    assert found.null.high > 0.2 > 0.02 > same.null.high
 
 
 def test_planted_domains_are_found(rng):
@@ -81,7 +82,7 @@ def test_vocabulary_of_a_hash_router_and_of_chance(rng):
     assert vocabulary(hashed(token), token, rng).specialisation == 1
     chance = vocabulary(random_used(rng, 3000), token, rng)
     assert chance.specialisation > K / N  # a maximum is above its mean
-    assert chance.null.low <= chance.specialisation <= chance.null.high * 1.1
+    assert chance.specialisation == pytest.approx(chance.null.mean, abs=0.05)
     assert vocabulary(random_used(rng, 5), np.arange(5), rng) is None
 
 
