@@ -10,7 +10,8 @@ namespace {
 
 struct SparseAvx512Base {
     static constexpr int vectors = 1;
-    static constexpr int sparse_streams = 4;
+    // Of 32 rows each in the pattern 1:2: what one task of experts or of a linear layer has, or half of it.
+    static constexpr int sparse_streams = 3;
     static constexpr int sparse_tokens = 4;
     using Floats = __m512;
 

@@ -79,7 +79,7 @@ GANGLINE_INLINE void add_codes(const std::uint8_t* const (&step)[R], const std::
 }
 
 // Asks the second-level cache for what one token will wait for. (Measured on Zen 4 with other work on the machine: into the
-// first level, or less far ahead, is slower, and so are fewer than four tiles at once.)
+// first level, or less far ahead, is slower, and so are fewer than three tiles at once.)
 template <class S, Format F, int R>
 GANGLINE_INLINE void prefetch_step(const std::uint8_t* const (&step)[R]) {
 #if defined(__GNUC__) || defined(__clang__)

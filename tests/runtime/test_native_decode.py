@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from gangline.formats import get_codec
+from gangline.formats.samoyeds import SparseCodec
+from gangline.formats.samoyeds_arrays import prune_magnitude
 from gangline.kernels.cpu import native
 from gangline.kernels.cpu.native_kernel import NativeKernel
 from gangline.kernels.cpu.packed_linear import PackedLinear
@@ -131,7 +133,18 @@ def test_generates_what_the_modules_generate(family: str, seed: int) -> None:
     assert difference(ours.logits, theirs.logits) < 1e-4
 
 
-@pytest.mark.parametrize("codec", ["tile16:int8g32", "tile16:int4g64z"])
+def encode_pruned(weight_OI: torch.Tensor, name: str) -> torch.Tensor:
+    """Bytes of a matrix, pruned first where the codec wants a pattern of zeros."""
+    codec = get_codec(name)
+    return codec.encode(
+        prune_magnitude(weight_OI, codec.pattern) if isinstance(codec, SparseCodec) else weight_OI
+    )
+
+
+@pytest.mark.parametrize(
+    "codec",
+    ["tile16:int8g32", "tile16:int4g64z", "samoyeds16:1:2:32/int8g64", "samoyeds16:1:1:32/bf16"],
+)
 @pytest.mark.parametrize("family", [*DEMANDED, "glm4_moe", "gpt_oss"])
 def test_packed_dense_weights(family: str, codec: str, seed: int) -> None:
     model = tiny_model(family, seed=seed)
@@ -139,7 +152,7 @@ def test_packed_dense_weights(family: str, codec: str, seed: int) -> None:
         n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear and "shared_expert_gate" not in n
     }
     for name, linear in linears.items():
-        raw = get_codec(codec).encode(linear.weight.detach())
+        raw = encode_pruned(linear.weight.detach(), codec)
         packed = PackedLinear(raw, codec, linear.in_features, linear.out_features, linear.bias)
         model.set_submodule(name, packed)
     view = find_moe(model)
