@@ -1,5 +1,6 @@
 """``gangline simulate``: how caches would do on recorded routing, beside what no cache can beat."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,9 +12,48 @@ from gangline.core.errors import UsageError
 from gangline.core.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
-    from gangline.evaluation.simulation import SimulationResult
+    from gangline.evaluation.simulation import ModelParts, SimulationResult
 
 Replay = Literal["passes", "tokens"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemOptions:
+    """Whole systems, and what they learn from."""
+
+    systems: Annotated[
+        str,
+        option(
+            "--systems",
+            help="Compositions, separated by commas: cache, predictor and prefetch together; or 'all'.",
+        ),
+    ] = ""
+    calibrate: Annotated[
+        Path | None, option("--calibrate", metavar="TRACE", help="Trace from which static-hot learns.")
+    ] = None
+    predictor: Annotated[
+        Path | None,
+        option("--predictor", metavar="FILE", help="Trained predictor for a system that needs one."),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeOptions:
+    """What moving and computing cost."""
+
+    link: Annotated[
+        str | None,
+        option(
+            "--link", help="Bytes per second that bring experts, as 1.5GB. (Default: as doctor measured.)"
+        ),
+    ] = None
+    compute_us: Annotated[
+        float | None,
+        option("--compute-us", help="Microseconds of one expert. (Default: its bytes at memory speed.)"),
+    ] = None
+    layer_us: Annotated[
+        float, option("--layer-us", help="Microseconds between two MoE layers (attention).", min=0.0)
+    ] = 0.0
 
 
 def simulate(
@@ -21,17 +61,12 @@ def simulate(
     trace: Annotated[
         Path, typer.Argument(metavar="TRACE", help="Folder that 'gangline trace' wrote.", show_default=False)
     ],
+    systems: SystemOptions,
+    times: TimeOptions,
     policies: Annotated[
         str,
         option("--policies", help="Caches, separated by commas; with parameters as NAME:KEY=VALUE."),
     ] = "layer-lru,lru,lfu",
-    systems: Annotated[
-        str,
-        option(
-            "--systems",
-            help="Compositions, separated by commas: cache, predictor and prefetch together; or 'all'.",
-        ),
-    ] = "",
     capacity: Annotated[
         str,
         option(
@@ -51,66 +86,53 @@ def simulate(
             "the model wrote the text, else tokens.)",
         ),
     ] = None,
-    link: Annotated[
-        str | None,
-        option(
-            "--link", help="Bytes per second that bring experts, as 1.5GB. (Default: as doctor measured.)"
-        ),
-    ] = None,
-    compute_us: Annotated[
-        float | None,
-        option("--compute-us", help="Microseconds of one expert. (Default: its bytes at memory speed.)"),
-    ] = None,
-    layer_us: Annotated[
-        float, option("--layer-us", help="Microseconds between two MoE layers (attention).", min=0.0)
-    ] = 0.0,
     bypass: Annotated[
         bool, option("--bypass", help="Let misses pass through without a slot where a policy prefers it.")
     ] = False,
     ahead: Annotated[
         list[int], option("--oracle", help="Layers ahead that an oracle reads; repeat.", min=1)
     ] = [1, 8],  # noqa: B006 - typer copies it
-    calibrate: Annotated[
-        Path | None, option("--calibrate", metavar="TRACE", help="Trace from which static-hot learns.")
-    ] = None,
-    predictor: Annotated[
-        Path | None,
-        option("--predictor", metavar="FILE", help="Trained predictor for a system that needs one."),
-    ] = None,
     tokens: Annotated[int | None, option("--tokens", help="Replay at most this many tokens.", min=1)] = None,
 ) -> None:
     """Replay a trace through cache policies; prints hit rates, bytes and modelled speed beside the bounds."""
-    from gangline.evaluation.simulation import ModelParts, SimulationSettings, simulate_trace
+    from gangline.evaluation.simulation import SimulationSettings, simulate_trace
     from gangline.traces import open_trace
 
     settings = SimulationSettings(
         policies=_listed(policies),
         capacities=_listed(capacity),
-        systems=_listed(systems),
+        systems=_listed(systems.systems),
         phase=None if phase == "all" else phase,
         replay=replay,
-        link=None if link is None else float(parse_size(link)),
-        expert_seconds=None if compute_us is None else compute_us * 1e-6,
-        layer_seconds=layer_us * 1e-6,
+        link=None if times.link is None else float(parse_size(times.link)),
+        expert_seconds=None if times.compute_us is None else times.compute_us * 1e-6,
+        layer_seconds=times.layer_us * 1e-6,
         bypass=bypass,
         oracles=tuple(ahead),
         tokens=tokens,
-        calibration=None if calibrate is None else open_trace(calibrate),
+        calibration=None if systems.calibrate is None else open_trace(systems.calibrate),
     )
     if not (settings.policies or settings.systems) or not settings.capacities:
         raise UsageError(
             "name at least one policy and one capacity, for example --policies lru --capacity 50%"
         )
-    model = None
-    if predictor is not None:
-        from gangline.policies.predictors.saved import load_predictor
-
-        saved = load_predictor(predictor)
-        model = ModelParts(network=saved.network, network_kind=saved.kind)
     with _bar() as progress:
-        result = simulate_trace(open_trace(trace), settings, progress=progress, model=model)
+        result = simulate_trace(
+            open_trace(trace), settings, progress=progress, model=_model(systems.predictor)
+        )
     out.data(result.to_dict())
     _show(out, result)
+
+
+def _model(predictor: Path | None) -> "ModelParts | None":
+    """Return what a trained predictor's file gives a simulation."""
+    if predictor is None:
+        return None
+    from gangline.evaluation.simulation import ModelParts
+    from gangline.policies.predictors.saved import load_predictor
+
+    saved = load_predictor(predictor)
+    return ModelParts(network=saved.network, network_kind=saved.kind)
 
 
 def _listed(text: str) -> tuple[str, ...]:
