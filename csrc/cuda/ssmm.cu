@@ -41,7 +41,7 @@ __device__ inline void load_scales(float (&scale)[S::UNITS][2][2], const Work<S>
     for (i32 i = 0; i < 4; ++i) {
       const i32 local = 2 * lane.wm + (i >> 1);
       const u64 row = work.tile(local) * TILE + lane.row + (i & 1) * 8;
-      const u16* from = reinterpret_cast<const u16*>(work.of(local).scales) + row * work.extent.groups + group;
+      const u16* from = reinterpret_cast<const u16*>(work.of(local, &Part::scales)) + row * work.extent.groups + group;
       scale[unit][i >> 1][i & 1] = ptx::half_to_float(*from);
     }
   }
@@ -223,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(KernelShape::THREADS)
   ptx::sync_block();
 
   const ssmm::Extent extent{columns, x_columns, sub_pitch, row_tiles, out_rows, v, group, groups};
-  const ssmm::Work<S> work{{parts[2 * expert], parts[2 * expert + 1]}, extent, slots, x,
+  const ssmm::Work<S> work{parts[2 * expert], parts[2 * expert + 1], extent, slots, x,
                            ptx::block_x() * (S::GATED ? S::WM : S::TILES)};
   const i32 lane = ptx::thread() % 32, warp = ptx::thread() / 32;
   const ssmm::Lane of_fragment{lane, lane / 4, lane % 4 * 2, warp / S::WN, warp % S::WN};

@@ -62,7 +62,7 @@ struct Shape {
 // What one block works on.
 template <class S>
 struct Work {
-  Part part[2];
+  Part first, second;  // the gate's and the up matrix'
   Extent extent;
   const i32* slots;  // of this block, in shared memory: row of x for every token slot, or -1
   const u16* x;
@@ -73,7 +73,10 @@ struct Work {
     const i32 wanted = first_tile + (S::GATED ? local >> 1 : local);
     return wanted < extent.row_tiles ? wanted : extent.row_tiles - 1;
   }
-  __device__ inline const Part& of(i32 local) const { return part[S::GATED ? local & 1 : 0]; }
+  // Chosen field by field: an array indexed at run time would lie in local memory.
+  __device__ inline const u8* of(i32 local, const u8* Part::* field) const {
+    return S::GATED && (local & 1) ? second.*field : first.*field;
+  }
 };
 
 template <class S>
@@ -86,7 +89,7 @@ __device__ inline void load_values(const Work<S>& work, u8* stage, i32 column) {
     const i32 row = i / CHUNKS, at = i % CHUNKS * 16, local = row / TILE;
     const bool real = start + at < row_bytes;
     const u64 offset = static_cast<u64>(work.tile(local) * TILE + row % TILE) * row_bytes + (real ? start + at : 0);
-    ptx::copy16(stage + row * S::VALUE_PITCH + at, work.of(local).values + offset, real);
+    ptx::copy16(stage + row * S::VALUE_PITCH + at, work.of(local, &Part::values) + offset, real);
   }
 }
 
@@ -110,7 +113,7 @@ __device__ inline void load_positions(const Work<S>& work, u8* stage, i32 column
     const i32 local = i / CHUNKS, wanted = column / 64 + i % CHUNKS / 8;
     const i32 word = wanted < words ? wanted : words - 1;
     const u64 offset = (static_cast<u64>(work.tile(local)) * words + word) * 128 + i % 8 * 16;
-    ptx::copy16(stage + S::META_AT + i * 16, work.of(local).meta + offset, true);
+    ptx::copy16(stage + S::META_AT + i * 16, work.of(local, &Part::meta) + offset, true);
   }
 }
 
@@ -121,7 +124,7 @@ __device__ inline void load_sub(const Work<S>& work, u8* stage, i32 column) {
     const i32 wanted = column + unit * S::UNIT * STEP, last = work.extent.columns - 1;
     const i32 segment = (wanted < last ? wanted : last) / work.extent.v;
     const u64 offset = static_cast<u64>(segment) * work.extent.sub_pitch + work.tile(local) * TILE;
-    ptx::copy16(stage + S::SUB_AT + i * TILE, work.of(local).sub + offset, true);
+    ptx::copy16(stage + S::SUB_AT + i * TILE, work.of(local, &Part::sub) + offset, true);
   }
 }
 
