@@ -357,8 +357,10 @@ def main() -> None:
             rows += fidelity_rows(model, arguments.train, arguments.held_out, tokens, arguments.demo_epochs)
     rows += published_rows()
     if arguments.out is not None:
-        hidden = {"--work": "FOLDER"}
-        write_result(arguments.out.stem, rows, running_command(hidden), folder=arguments.out.parent)
+        command = running_command({"--work": "FOLDER"})
+        for path in (*arguments.train, *arguments.held_out):
+            command = command.replace(str(path), path.name)  # where texts lie is this machine's own business
+        write_result(arguments.out.stem, rows, command, folder=arguments.out.parent)
 
 
 if __name__ == "__main__":
