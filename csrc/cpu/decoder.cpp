@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <stdexcept>
 
 #include "kernels.hpp"
@@ -143,12 +144,12 @@ void Decoder::find_angles() {
 }
 
 void Decoder::front(int layer) {
-    parallel([this, layer](int worker, int workers) { front(layer, {worker, workers}); });
+    parallel([this, layer](int worker, int workers) { front(layer, {worker, workers}, false); });
 }
 
-void Decoder::front(int layer, Team team) {
+void Decoder::front(int layer, Team team, bool together) {
     attention(layer, team);
-    network(layer, team);
+    network(layer, team, together);
 }
 
 // normed_ = norm(x_), with its int8 forms.
@@ -182,8 +183,6 @@ void Decoder::attention(int layer, Team team) {
     attend(layer, team);
     barrier();
     merge(layer, team);
-    barrier();
-    attended_.quantize(team);
     barrier();
     const Product output{&a.o, &attended_, projected_.data(), x_.stride(), x_.data()};
     multiply(&output, 1, team);
@@ -284,34 +283,44 @@ void Decoder::attend_piece(int layer, const Piece& piece, int index, float* room
     gangline::attend(chunk);
 }
 
-// attended_ = the chunks of every head, merged in ascending order.
+// attended_ = the chunks of every head, merged in ascending order, with its int8 forms.
 void Decoder::merge(int layer, Team team) {
     const AttentionSpec& a = spec_.layers[size(layer)].attention;
-    const Cut& cut = cuts_[size(cut_of_layer_[size(layer)])];
-    const int group = a.heads / a.kv_heads, n = a.head_dim;
-    const Range mine = share(step_.rows * a.heads, 1, team.worker, team.workers);
+    // Whole heads that are whole blocks of the int8 forms.
+    const int heads = ActivationRows::block / std::gcd(ActivationRows::block, a.head_dim);
+    const int parts = (a.heads + heads - 1) / heads, blocks = heads * a.head_dim / ActivationRows::block;
+    const Range mine = share(step_.rows * parts, 1, team.worker, team.workers);
     for (int i = mine.begin; i < mine.end; ++i) {
-        const int row = i / a.heads, head = i % a.heads;
-        const int chunks = cut.chunks[size(row)];
-        const std::ptrdiff_t first = std::ptrdiff_t{cut.before[size(row)]} * a.kv_heads + head / group * chunks;
-        const auto slot = [&](int c) { return (first + c) * group + head % group; };
-        float top = a.sinks != nullptr ? a.sinks[head] : -std::numeric_limits<float>::infinity();
-        for (int c = 0; c < chunks; ++c) top = std::max(top, partial_max_.data()[slot(c)]);
-        float total = a.sinks != nullptr ? std::exp(a.sinks[head] - top) : 0.0f;
-        float* out = attended_.row(row) + std::ptrdiff_t{head} * n;
-        std::fill_n(out, n, 0.0f);
-        for (int c = 0; c < chunks; ++c) {
-            const float weight = std::exp(partial_max_.data()[slot(c)] - top);
-            total += weight * partial_sum_.data()[slot(c)];
-            const float* acc = partial_.data() + slot(c) * n;
-            for (int d = 0; d < n; ++d) out[d] += weight * acc[d];
-        }
-        const float inverse = 1.0f / total;
-        for (int d = 0; d < n; ++d) out[d] *= inverse;
+        const int row = i / parts, part = i % parts;
+        for (int h = part * heads; h < std::min((part + 1) * heads, a.heads); ++h) merge_head(layer, row, h);
+        for (int b = part * blocks; b < std::min((part + 1) * blocks, attended_.blocks()); ++b)
+            attended_.quantize(row, b, attended_.columns());
     }
 }
 
-void Decoder::network(int layer, Team team) {
+void Decoder::merge_head(int layer, int row, int head) {
+    const AttentionSpec& a = spec_.layers[size(layer)].attention;
+    const Cut& cut = cuts_[size(cut_of_layer_[size(layer)])];
+    const int group = a.heads / a.kv_heads, n = a.head_dim;
+    const int chunks = cut.chunks[size(row)];
+    const std::ptrdiff_t first = std::ptrdiff_t{cut.before[size(row)]} * a.kv_heads + head / group * chunks;
+    const auto slot = [&](int c) { return (first + c) * group + head % group; };
+    float top = a.sinks != nullptr ? a.sinks[head] : -std::numeric_limits<float>::infinity();
+    for (int c = 0; c < chunks; ++c) top = std::max(top, partial_max_.data()[slot(c)]);
+    float total = a.sinks != nullptr ? std::exp(a.sinks[head] - top) : 0.0f;
+    float* out = attended_.row(row) + std::ptrdiff_t{head} * n;
+    std::fill_n(out, n, 0.0f);
+    for (int c = 0; c < chunks; ++c) {
+        const float weight = std::exp(partial_max_.data()[slot(c)] - top);
+        total += weight * partial_sum_.data()[slot(c)];
+        const float* acc = partial_.data() + slot(c) * n;
+        for (int d = 0; d < n; ++d) out[d] += weight * acc[d];
+    }
+    const float inverse = 1.0f / total;
+    for (int d = 0; d < n; ++d) out[d] *= inverse;
+}
+
+void Decoder::network(int layer, Team team, bool together) {
     const DecoderLayer& l = spec_.layers[size(layer)];
     normalise(l.mlp_norm, team);
     Product products[4];
@@ -326,6 +335,8 @@ void Decoder::network(int layer, Team team) {
     multiply(products, count, team);
     barrier();
     if (l.router) choose(layer, team);
+    // One row's choice is the first worker's, who goes on with it: then nobody else has to wait for it here.
+    if (!l.mlp && step_.rows == 1 && together) return;
     if (l.mlp) {
         const int blocks = (width + ActivationRows::block - 1) / ActivationRows::block;
         const Range mine = share(step_.rows * blocks, 1, team.worker, team.workers);
@@ -346,7 +357,7 @@ void Decoder::network(int layer, Team team) {
 
 void Decoder::choose(int layer, Team team) {
     const DecoderLayer& l = spec_.layers[size(layer)];
-    const Range mine = share(step_.rows, 1, team.worker, team.workers);
+    const Range mine = step_.rows == 1 ? Range{0, team.worker == 0 ? 1 : 0} : share(step_.rows, 1, team.worker, team.workers);
     const std::ptrdiff_t first = routed_before_[size(layer)] * step_.rows;
     for (int t = mine.begin; t < mine.end; ++t) {
         const std::ptrdiff_t at = first + std::ptrdiff_t{t} * l.rule.k;

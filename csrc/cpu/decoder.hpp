@@ -145,9 +145,11 @@ private:
     void prepare_head(const AttentionSpec& a, const AllHeads& heads, int head, int row, float* out) const;
     void store_new(int layer, const Piece& piece, const AllHeads& k, float* room) const;
     void merge(int layer, Team team);
-    void network(int layer, Team team);
+    void merge_head(int layer, int row, int head);
+    // `together`: the same parallel call goes on with the layer's experts.
+    void network(int layer, Team team, bool together);
     void choose(int layer, Team team);
-    void front(int layer, Team team);
+    void front(int layer, Team team, bool together);
     void head(Team team);
     void experts(int layer, Team team);
     void group_pairs(int layer);

@@ -41,7 +41,7 @@ void Decoder::step_all() {
     parallel([this](int worker, int workers) {
         const Team team{worker, workers};
         for (int layer = 0; layer < static_cast<int>(spec_.layers.size()); ++layer) {
-            front(layer, team);
+            front(layer, team, true);
             if (spec_.layers[static_cast<std::size_t>(layer)].router) experts(layer, team);
         }
         head(team);
@@ -82,9 +82,12 @@ void Decoder::group_pairs(int layer) {
 }
 
 void Decoder::experts(int layer, Team team) {
-    if (team.worker == 0) group_pairs(layer);
+    if (team.worker == 0) {
+        group_pairs(layer);
+        run_.prepare(call_, team.workers);
+    }
     barrier();
-    run_.work(call_, team.worker, team.workers);
+    run_.work_prepared(team.worker, team.workers);
     barrier();
     constexpr int block = ActivationRows::block;
     const int k = spec_.layers[static_cast<std::size_t>(layer)].rule.k;

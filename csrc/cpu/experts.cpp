@@ -113,6 +113,7 @@ void ExpertsRun::prepare(const ExpertsCall& call, int workers) {
     gate_up_segments_.reserve(static_cast<std::size_t>(call.count));
     down_segments_.reserve(static_cast<std::size_t>(call.count));
     plan_slab(workers);
+    rows_.fill_single();
 }
 
 void ExpertsRun::plan_slab(int workers) {
@@ -137,10 +138,16 @@ void ExpertsRun::work(const ExpertsCall& call, int worker, int workers) {
     if (call.count == 0) return;
     if (worker == 0) prepare(call, workers);
     barrier();
+    work_prepared(worker, workers);
+}
+
+void ExpertsRun::work_prepared(int worker, int workers) {
     const int pairs = call_.starts[call_.count];
     for (;;) {
-        rows_.fill(worker, workers);
-        barrier();
+        if (!rows_.filled()) {
+            rows_.fill(worker, workers);
+            barrier();
+        }
         if (rows_.copies()) {
             rows_.copy(worker, workers);
             barrier();

@@ -66,9 +66,11 @@ class ExpertsRun {
 public:
     // By all workers inside parallel(), with the same call, after check_call(). Results are complete when all have returned.
     void work(const ExpertsCall& call, int worker, int workers);
+    // The same in two steps, for callers that have to meet in between anyway: by one worker, then, behind a barrier, by all.
+    void prepare(const ExpertsCall& call, int workers);
+    void work_prepared(int worker, int workers);
 
 private:
-    void prepare(const ExpertsCall& call, int workers);
     void plan_slab(int workers);
     void gate_up_tasks(int worker);
     void gate_up_task(const Segment& segment, int chunk, int block, float* room);

@@ -113,7 +113,7 @@ std::size_t PairRows::bytes(int tokens, int pairs, int cols, int group, int work
 }
 
 void PairRows::fill(int worker, int workers) {
-    if (by_token_ && (filled_ || reads_in_place())) return;
+    if (filled()) return;
     const std::size_t row_bytes = static_cast<std::size_t>(source_.cols) * dtype_bytes(source_.dtype);
     const auto* x = static_cast<const std::uint8_t*>(source_.x);
     float* converted = converted_.data() + static_cast<std::size_t>(worker) * static_cast<std::size_t>(source_.cols);
@@ -128,6 +128,12 @@ void PairRows::fill(int worker, int workers) {
         }
         (by_token_ ? tokens_ : pairs_).put(row, 0, values, source_.cols);
     }
+}
+
+void PairRows::fill_single() {
+    if (!by_token_ || source_.tokens != 1) return;
+    fill(0, 1);
+    filled_ = true;
 }
 
 void PairRows::copy(int worker, int workers) {

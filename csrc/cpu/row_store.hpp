@@ -60,8 +60,11 @@ public:
     // Alone, before fill(). `contiguous`: some view() will span several pairs. `keep`: the tokens filled last time are the
     // same ones.
     void plan(const RowSource& source, int pair_begin, int pair_end, int group, bool contiguous, bool keep, int workers);
-    // By all workers, then a barrier.
+    // By all workers, then a barrier; not needed where filled() says so.
     void fill(int worker, int workers);
+    // Alone, after plan(): one token is not worth a meeting.
+    void fill_single();
+    bool filled() const { return by_token_ && (filled_ || reads_in_place()); }
     // By all workers, then a barrier; not needed, and nothing to be done, where copies() is false.
     bool copies() const { return copies_; }
     void copy(int worker, int workers);

@@ -84,19 +84,6 @@ GANGLINE_INLINE typename S::Bytes unpack(const Step& at, int v) {
     }
 }
 
-// Asks for what will be read next, to be kept in the first cache alone: weights are read once a token, and would push
-// everything else (keys and values, code, activations) out of the others.
-template <Format F>
-GANGLINE_INLINE void prefetch_codes(const std::uint8_t* codes) {
-#if defined(__GNUC__) || defined(__clang__)
-    constexpr int ahead = 2304;
-    constexpr int bytes = step_columns * tile_rows * code_bits(F) / 8;
-    for (int line = 0; line < bytes; line += 64) __builtin_prefetch(codes + ahead + line, 0, 0);
-#else
-    static_cast<void>(codes);
-#endif
-}
-
 // Integer dot products of one group, without the zero points, added to `dot`.
 template <class S, Format F, int R, int T>
 GANGLINE_INLINE void dot_group(const std::uint8_t* const (&codes)[R], int group, const std::int8_t* q,
@@ -107,7 +94,6 @@ GANGLINE_INLINE void dot_group(const std::uint8_t* const (&codes)[R], int group,
         typename S::Partial partial[T][R][V];
         Step at[R];
         for (int r = 0; r < R; ++r) at[r] = step_of<F>(codes[r], group, step);
-        if constexpr (R == 1) prefetch_codes<F>(at[0].codes);
         const std::int8_t* x = q + step * step_columns;
         unrolled<step_quads>([&](auto index) GANGLINE_INLINE_LAMBDA {
             constexpr int i = decltype(index)::value;
@@ -249,7 +235,8 @@ void matmul_tiles(const Matrix& w, int row_begin, int row_end, const Activations
     for (int begin = 0; begin < x.tokens; begin += batch) {
         const int end = x.tokens - begin < batch ? x.tokens : begin + batch;
         int row = row_begin;
-        // So few tokens wait for memory: one row block after another is one stream of bytes, as fast as plain reading.
+        // So few tokens wait for memory: one row block after another is one stream of bytes, which the processor fetches
+        // ahead by itself.
         if (end - begin > few_tokens) {
             row = multiply_rows<S, F, S::row_blocks, S::tokens>(w, tile, row, row_end, x, begin, end, y, y_stride);
         }
