@@ -62,7 +62,10 @@ def test_packed_and_dense_say_the_same(family: str, tiny, tmp_path: Path) -> Non
     ids = torch.arange(3, 27)[None]
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, twin(ids).logits, rtol=1e-4, atol=1e-4)
-    assert "samoyeds:1:2:16/bf16" in {spec.codec for spec in ours.gangline.catalog.layouts[0].fields}
+    codecs = {spec.codec for spec in ours.gangline.catalog.layouts[0].fields}
+    assert codecs <= {"samoyeds:1:2:16/bf16", "samoyeds16:1:2:16/bf16"}
+    stored = open_model(LocalCheckpoint(str(packed), packed, None), None).source
+    assert {spec.codec for spec in stored.layouts[0].fields} == {"samoyeds:1:2:16/bf16"}
     old, new = SafetensorsIndex.from_folder(source), SafetensorsIndex.from_folder(dense)
     changed = {name for name in old.tensors if not torch.equal(old.read(name), new.read(name))}
     assert changed
@@ -102,9 +105,12 @@ def test_integer_values_on_top(values: str, tiny, tmp_path: Path) -> None:
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16).eval()
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
-        torch.testing.assert_close(ours(ids).logits, twin(ids).logits, rtol=0.05, atol=0.05)
+        found, expected = ours(ids).logits.float(), twin(ids).logits.float()
+    # The native core rounds the activations of integer weights to int8.
+    assert (found - expected).norm() < 0.1 * expected.norm()
     assert report.bits_per_weight < report.stored_bits_per_weight
-    catalog = ours.gangline.catalog
+    catalog = open_model(LocalCheckpoint("out", tmp_path / "out", None), None).source.catalog
+    assert catalog is not None
     weights = sum(
         experts * spec.shape[0] * spec.shape[1]
         for layout, experts in zip(catalog.layouts, [8] * len(catalog.layouts), strict=True)

@@ -5,7 +5,7 @@ Shapes: S texts, C tokens of a text.
 
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -161,17 +161,10 @@ def sparsify_checkpoint(
     if measure:
         say("perplexity before", 0, 0)
         before = _perplexity(place(model), tokenizer, held_out, texts.window, revision)
+    targets = {kind: path for kind, path in (("packed", packed), ("dense", dense)) if path is not None}
     with ExitStack() as stack:
-        folders = {
-            kind: stack.enter_context(complete_folder(folder))
-            for kind, folder in (("packed", packed), ("dense", dense))
-            if folder is not None
-        }
+        folders = {kind: stack.enter_context(complete_folder(path)) for kind, path in targets.items()}
         layers = _write(opened, origin, ids_SC, settings, folders, say)
-        after = None
-        if measure:
-            say("perplexity after", 0, 0)
-            after = _perplexity(next(iter(folders.values())), tokenizer, held_out, texts.window, None)
         report = SparsifyReport(
             model=str(model),
             settings=settings,
@@ -179,14 +172,24 @@ def sparsify_checkpoint(
             held_out_tokens=len(tokenizer(held_out, add_special_tokens=False)["input_ids"]) if measure else 0,
             **_sizes(opened, settings),
             perplexity_before=before,
-            perplexity_after=after,
+            perplexity_after=None,
             layers=layers,
-            folders={kind: str(folder) for kind, folder in (("packed", packed), ("dense", dense)) if folder},
+            folders={kind: str(path) for kind, path in targets.items()},
         )
-        text = json.dumps(report.to_dict(), indent=1) + "\n"
-        for folder in folders.values():
-            (folder / REPORT_FILE).write_text(text, "utf-8")
+        _store(report, folders.values())
+    if measure:
+        # In its final place: what the runtime derives from a checkpoint is kept by its path.
+        say("perplexity after", 0, 0)
+        after = _perplexity(next(iter(targets.values())), tokenizer, held_out, texts.window, None)
+        report = replace(report, perplexity_after=after)
+        _store(report, targets.values())
     return report
+
+
+def _store(report: SparsifyReport, folders: Iterable[Path]) -> None:
+    text = json.dumps(report.to_dict(), indent=1) + "\n"
+    for folder in folders:
+        (folder / REPORT_FILE).write_text(text, "utf-8")
 
 
 def windows(tokenizer: Any, text: str, tokens: int, window: int) -> Tensor:

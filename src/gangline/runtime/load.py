@@ -187,6 +187,7 @@ def _catalog(opened: OpenedModel, codec: str | None, progress: bool | None) -> E
     in_place = opened.in_place(codec)
     if in_place is not None:
         return in_place
+    codec = opened.expert_codec(codec)
     key = hashlib.sha256(f"{opened.identity}|{codec}|{PACK_LAYOUT}".encode()).hexdigest()[:24]
     with byte_bar(f"packing experts of {opened.name} ({codec or 'as stored'})", progress) as update:
         return write_pack(

@@ -11,14 +11,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gangline.checkpoint.gguf import GGUFCheckpoint
 from gangline.checkpoint.locate import LocalCheckpoint, RemoteCheckpoint
-from gangline.checkpoint.recode import recode_layout
+from gangline.checkpoint.recode import TILED, recode_layout
 from gangline.checkpoint.resolve import resolve_index
 from gangline.checkpoint.safetensors_index import SafetensorsIndex
 from gangline.checkpoint.source import ExpertsModule, ExpertSource
 from gangline.core.errors import UsageError
 from gangline.core.layout import ExpertCatalog, ExpertLayout
 from gangline.formats import codec_names
-from gangline.models import MoEView
+from gangline.kernels.cpu.native_kernel import NativeKernel
+from gangline.models import MoEView, expert_math
 from gangline.runtime.dense import (
     build_skeleton,
     load_dense,
@@ -92,7 +93,24 @@ class OpenedModel:
 
     def layouts(self, codec: str | None) -> tuple[ExpertLayout, ...]:
         """Return how experts will lie in their slots at a precision."""
+        codec = self.expert_codec(codec)
         return tuple(recode_layout(layout, codec) for layout in self.source.layouts)
+
+    def expert_codec(self, codec: str | None) -> str | None:
+        """Return the codec of the experts: what was asked for; or the order in which the native core reads
+        sparse ones that shall stay as stored, if it can compute all of them.
+        """
+        return codec if codec is not None or not self._sparse_in_native_core else TILED
+
+    @cached_property
+    def _sparse_in_native_core(self) -> bool:
+        layouts = self.source.layouts
+        if not any(field.codec.startswith("samoyeds:") for layout in layouts for field in layout.fields):
+            return False
+        return all(
+            NativeKernel.supports(recode_layout(layout, TILED), expert_math(block)) is None
+            for layout, block in zip(layouts, self.view.blocks, strict=True)
+        )
 
     def in_place(self, codec: str | None) -> ExpertCatalog | None:
         """Return where experts can be read as the files are, or None if they need a pack."""
