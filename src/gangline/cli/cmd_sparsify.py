@@ -132,7 +132,8 @@ def _lines(report: "SparsifyReport") -> Iterator[str]:
             f"{after:.2f} after ({after / before:.2f}x)"
         )
         if after > _MUCH * before:
-            yield "that is a large loss: a milder pattern (2:4), another method or more text may cost less"
+            milder = "" if report.settings.codec.pattern.sparsity <= 0.5 else "a milder pattern (2:4), "
+            yield f"that is a large loss: {milder}--method alps or more text may cost less"
     for kind, folder in report.folders.items():
         yield f"{kind}: {folder}"
 
