@@ -12,8 +12,8 @@ from gangline.core.errors import GanglineError
 from gangline.evaluation.speed_run import Sample
 from gangline.evaluation.speed_side import Facts
 
-# How long idle threads spin is each engine's own choice; the command line sets it for ours.
-_OURS_ONLY = ("GOMP_SPINCOUNT",)
+# How long idle threads spin is each engine's own choice; ours is that of the command line, also for scripts.
+_OURS_ONLY = {"GOMP_SPINCOUNT": "10000"}
 
 
 class PeerError(GanglineError):
@@ -35,6 +35,8 @@ class SideProcess:
         self._name = job["side"]
         mine = self._name == "ours"
         env = {name: value for name, value in os.environ.items() if mine or name not in _OURS_ONLY}
+        if mine and "OMP_WAIT_POLICY" not in env:
+            env = _OURS_ONLY | env
         env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         env["OMP_NUM_THREADS"] = str(threads)
         self._process = subprocess.Popen(
