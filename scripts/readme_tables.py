@@ -1,17 +1,35 @@
-"""Write README's table of results from the stored files, so that no number in it is typed by hand.
+"""Write the tables of results from the stored files, so that no number in them is typed by hand.
 
-python scripts/readme_tables.py            # rewrite the table
-python scripts/readme_tables.py --check    # exit 1 if README differs from the files
+python scripts/readme_tables.py            # rewrite the tables
+python scripts/readme_tables.py --check    # exit 1 if they differ from the files
+
+docs/measured.md has every row of every file; README has those whose work matches HEADLINES.
 """
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- results: start -->", "<!-- results: end -->"
+RESULTS = ROOT / "benchmarks" / "results"
+
+# Files whose rows README shows, and which of their rows: losses as well as wins.
+HEADLINES = {
+    "native_vs_peers": r"decode|prefill|first token",
+    "offload_vs_peers": r"decode|prefill 512|whole life",
+    "exactness": r"^(demo|tiny mixtral|tiny olmoe|tiny qwen3_moe|tiny gpt_oss|tiny deepseek_v3),",
+    "plan_vs_reality": r"",
+    "quality_by_precision": r"debian",
+    "demo_quality": r"^demo as shipped",
+    "policies_live": r"english.*rho 2",
+    "sida_fidelity": r"",
+    "samoyeds_cpu_layer": r"OLMoE",
+    "sparsify_quality": r"",
+}
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -23,17 +41,18 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}g}"
 
 
-def table(result: dict[str, Any], file: str) -> list[str]:
-    """One result file as Markdown."""
-    rows = result["rows"]
+def table(result: dict[str, Any], where: str, pattern: str = "") -> list[str]:
+    """The rows of one result file, which lies ``where``, whose work matches, as Markdown."""
     lines = [
-        f"**{result['name']}**, {result['date'][:10]}, [{file}](benchmarks/results/{file}):",
+        f"**{result['name']}**, {result['date'][:10]}, {where}:",
         f"`{result['command']}`",
         "",
         "| work | metric | gangline | peer | its value | ratio | share of the bound | n |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in result["rows"]:
+        if not re.search(pattern, row["work"]):
+            continue
         share = "" if row["bound_share"] is None else f"{row['bound_share']:.0%}"
         cells = [
             row["work"],
@@ -49,32 +68,52 @@ def table(result: dict[str, Any], file: str) -> list[str]:
     return [*lines, ""]
 
 
-def render() -> str:
+def everything() -> str:
     """All stored results, in the order of their names."""
     lines: list[str] = []
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        lines += table(json.loads(path.read_text(encoding="utf-8")), path.name)
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        lines += table(result, f"`benchmarks/results/{path.name}`")
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Rewrite or check README.md."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing; exit 1 if README is out of date"
-    )
-    arguments = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+def headlines() -> str:
+    """What README shows, in the order of HEADLINES."""
+    lines: list[str] = []
+    for name, pattern in HEADLINES.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            result = json.loads(path.read_text(encoding="utf-8"))
+            lines += table(result, f"[{path.name}](benchmarks/results/{path.name})", pattern)
+    return "\n".join(lines)
+
+
+def filled(path: Path, content: str) -> tuple[str, str]:
+    """The text of a file, and what it should be."""
+    text = path.read_text(encoding="utf-8")
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
-    wanted = f"{before}{START}\n\n{render()}\n{END}{after}"
-    if arguments.check:
-        if text != wanted:
-            print("README.md differs from benchmarks/results: run scripts/readme_tables.py", file=sys.stderr)
-        return int(text != wanted)
-    readme.write_text(wanted, encoding="utf-8")
-    return 0
+    return text, f"{before}{START}\n\n{content}\n{END}{after}"
+
+
+def main() -> int:
+    """Rewrite or check both files."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if one is out of date")
+    arguments = parser.parse_args()
+    status = 0
+    for path, content in (
+        (ROOT / "README.md", headlines()),
+        (ROOT / "docs" / "measured.md", everything()),
+    ):
+        text, wanted = filled(path, content)
+        if not arguments.check:
+            path.write_text(wanted, encoding="utf-8")
+        elif text != wanted:
+            where = path.relative_to(ROOT)
+            print(f"{where} differs from benchmarks/results: run scripts/readme_tables.py", file=sys.stderr)
+            status = 1
+    return status
 
 
 if __name__ == "__main__":
