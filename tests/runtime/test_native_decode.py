@@ -184,7 +184,7 @@ def test_one_step_in_sixteen_bits_is_near_the_modules(family: str, dtype: torch.
     assert step.steps == 1 and ours.dtype == dtype and ours.shape == theirs.shape
     # A near-tie in a router may send a row of a random model elsewhere: the other row must agree.
     rows = [difference([ours[n]], [theirs[n]]) for n in range(2)]
-    assert min(rows) < 0.06
+    assert min(rows) < 0.1
     assert difference([cache.layers[0].keys], [twin.layers[0].keys]) < 0.01
 
 
