@@ -9,6 +9,9 @@ namespace gangline {
 namespace {
 
 constexpr int row_block = 16;
+// Rows that a worker takes at a time, in blocks: long enough to be read in one stream, short enough to end together.
+constexpr int most_blocks = 12;
+constexpr int tasks_per_worker = 8;
 
 void finish(const Product& p, int begin, int end) {
     for (int t = 0; t < p.x->rows(); ++t) {
@@ -86,21 +89,25 @@ Activations ActivationRows::as(const Matrix& w) const {
     return a;
 }
 
-void multiply(const Product* products, int count, Team team) {
+void multiply(const Product* products, int count, Team team, std::atomic<int>& next) {
     const auto blocks = [](const Product& p) { return (p.linear->matrix.rows + row_block - 1) / row_block; };
     int total = 0;
     for (int i = 0; i < count; ++i) total += blocks(products[i]);
-    const Range mine = share(total, 1, team.worker, team.workers);
-    int first = 0;  // block number of the product's first row
-    for (int i = 0; i < count; ++i) {
-        const Product& p = products[i];
-        const Matrix& w = p.linear->matrix;
-        const int begin = std::max(mine.begin - first, 0) * row_block;
-        const int end = std::min(std::min(mine.end - first, blocks(p)) * row_block, w.rows);
-        first += blocks(p);
-        if (begin >= end) continue;
-        kernels().matmul[static_cast<int>(w.format)](w, begin, end, p.x->as(w), p.y, p.y_stride);
-        finish(p, begin, end);
+    // Even, because the tiles of sparse matrices have 32 rows as a rule.
+    const int step = std::clamp(total / (team.workers * tasks_per_worker) / 2 * 2, 2, most_blocks);
+    for (int from = next.fetch_add(step); from < total; from = next.fetch_add(step)) {
+        const int to = std::min(from + step, total);
+        int first = 0;  // block number of the product's first row
+        for (int i = 0; i < count && first < to; ++i) {
+            const Product& p = products[i];
+            const Matrix& w = p.linear->matrix;
+            const int begin = std::max(from - first, 0) * row_block;
+            const int end = std::min(std::min(to - first, blocks(p)) * row_block, w.rows);
+            first += blocks(p);
+            if (begin >= end) continue;
+            kernels().matmul[static_cast<int>(w.format)](w, begin, end, p.x->as(w), p.y, p.y_stride);
+            finish(p, begin, end);
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 // products themselves, split between the workers of one parallel call.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -66,7 +67,8 @@ struct Product {
     float* residual = nullptr;  // [tokens, y_stride]
 };
 
-// This worker's share of some products that do not depend on each other.
-void multiply(const Product* products, int count, Team team);
+// Some products that do not depend on each other, by all workers: each takes the next rows when it is done with some, so that
+// one whom the system holds up does not hold up the others. `next` is zero before, and the same for all.
+void multiply(const Product* products, int count, Team team, std::atomic<int>& next);
 
 }  // namespace gangline

@@ -169,6 +169,13 @@ void Decoder::normalise(const Norm& norm, Team team) {
     barrier();
 }
 
+// Products, and the meeting behind them. The next products use another counter, so that this one can be set back.
+void Decoder::multiply_all(const Product* products, int count, Team team, int counter) {
+    multiply(products, count, team, next_[counter]);
+    barrier();
+    if (team.worker == 0) next_[counter].store(0, std::memory_order_relaxed);
+}
+
 void Decoder::attention(int layer, Team team) {
     const DecoderLayer& l = spec_.layers[size(layer)];
     const AttentionSpec& a = l.attention;
@@ -178,15 +185,13 @@ void Decoder::attention(int layer, Team team) {
     const Product products[] = {{&a.q, &normed_, q, width, nullptr},
                                 {&a.k, &normed_, q + a.q.matrix.rows, width, nullptr},
                                 {&a.v, &normed_, q + a.q.matrix.rows + a.k.matrix.rows, width, nullptr}};
-    multiply(products, 3, team);
-    barrier();
+    multiply_all(products, 3, team, 0);
     attend(layer, team);
     barrier();
     merge(layer, team);
     barrier();
     const Product output{&a.o, &attended_, projected_.data(), x_.stride(), x_.data()};
-    multiply(&output, 1, team);
-    barrier();
+    multiply_all(&output, 1, team, 1);
 }
 
 Decoder::Piece Decoder::piece_at(const Cut& cut, int kv_heads, int index) const {
@@ -332,8 +337,7 @@ void Decoder::network(int layer, Team team, bool together) {
         products[count++] = {&l.mlp->gate, &normed_, gate_up_.data(), 2 * width, nullptr};
         products[count++] = {&l.mlp->up, &normed_, gate_up_.data() + width, 2 * width, nullptr};
     }
-    multiply(products, count, team);
-    barrier();
+    multiply_all(products, count, team, 0);
     if (l.router) choose(layer, team);
     // One row's choice is the first worker's, who goes on with it: then nobody else has to wait for it here.
     if (!l.mlp && step_.rows == 1 && together) return;
@@ -350,7 +354,8 @@ void Decoder::network(int layer, Team team, bool together) {
         barrier();
         float* residual = l.router ? nullptr : x_.data();
         const Product down{&l.mlp->down, &acted_, shared_.data(), x_.stride(), residual};
-        multiply(&down, 1, team);
+        multiply_all(&down, 1, team, 1);
+        return;
     }
     barrier();
 }
@@ -394,9 +399,8 @@ void Decoder::head(Team team) {
     float* logits = plain ? static_cast<float*>(step_.logits) : logits_.data();
     normalise(spec_.final_norm, team);
     const Product product{&spec_.head, &normed_, logits, classes, nullptr};
-    multiply(&product, 1, team);
+    multiply_all(&product, 1, team, 1);
     if (plain) return;
-    barrier();
     const Range mine = share(classes, 64, team.worker, team.workers);
     for (int t = 0; t < step_.rows; ++t) {
         const std::ptrdiff_t at = std::ptrdiff_t{t} * classes + mine.begin;

@@ -8,6 +8,7 @@
 // computed by somebody else between front() and back(), or by the step itself in step_all().
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -138,6 +139,7 @@ private:
 
     // Parts of a layer; every worker runs them, and they meet at barriers.
     void normalise(const Norm& norm, Team team);
+    void multiply_all(const Product* products, int count, Team team, int counter);
     void attention(int layer, Team team);
     void attend(int layer, Team team);
     void attend_piece(int layer, const Piece& piece, int index, float* room);
@@ -159,6 +161,7 @@ private:
     DecoderSpec spec_;
     Step step_;
     std::vector<std::ptrdiff_t> routed_before_;  // for each layer: k of the MoE layers before it, added up
+    std::atomic<int> next_[2] = {};  // rows that the workers have taken of some products
     std::vector<int> cut_of_layer_;
     std::vector<Cut> cuts_;
 
