@@ -10,7 +10,7 @@ from gangline.runtime.footprint import Footprint
 
 MIB = 1 << 20
 # Measured on CPU: what torch's libraries allocate on first use, thread stacks, and allocator slack.
-RUNTIME_RESERVE = 112 * MIB
+RUNTIME_RESERVE = 144 * MIB
 PREFILL_ROWS = 2048
 DEFAULT_CONTEXT = 4096
 
