@@ -90,6 +90,12 @@ class Link:
                     return transfer
             self._one_chunk(math.inf)
 
+    def finish_next(self) -> float:
+        """Move bytes until any transfer that is queued has arrived; return when."""
+        done = self.finish_first(tuple(self._queue)).done
+        assert done is not None
+        return done
+
     def _start(self, transfer: Transfer, horizon: float) -> float:
         """When a transfer may start, as far as that is known at ``horizon``; infinite if it is not."""
         if transfer.source is not None:

@@ -318,6 +318,9 @@ class _EventRun:
         there = [e for e in candidates if _there(transfers[e], simulation.now)]
         if not there:
             coming = [t for e in candidates if (t := transfers[e]) is not None]
+            if not coming:  # every slot waits for bytes of another layer: the first to have them can be taken
+                self._stall("demand", top.link.finish_next())
+                return self._take_ready(in_order)
             first = top.link.finish_first(coming)
             expert = next(e for e in candidates if transfers[e] is first)
             assert first.done is not None
