@@ -219,6 +219,17 @@ def test_bytes_are_misses_and_prefetches(made, name, dense, data):
     assert counters.compute_seconds + stalls == pytest.approx(done.seconds)
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_an_event_waits_where_every_slot_is_on_its_way_for_others(scope):
+    """A prompt reads ahead what the next layer then does not want: its misses wait for the first of that."""
+    geo = geometry(2, 8, 2)
+    events = [prompt(0, range(8), 16), prompt(1, (6, 7), 16)]
+    link = SimLink(bytes_per_second=1e3, chunk_bytes=300)
+    done, _ = run(events, geo, 3, scope=scope, bypass=False, link=link, dense_prefetch=2.0)
+    assert done.counters.total("events") == 2
+    assert sum(done.levels[0].link.moved.values()) >= 10 * BYTES
+
+
 def test_time_of_one_miss_and_one_hit():
     """Two passes over one expert: fetch 1 s, compute 0.1 s, then a hit."""
     events = made_events([[(0,)], [(0,)]])
