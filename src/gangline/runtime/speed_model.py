@@ -20,7 +20,8 @@ from gangline.runtime.planner import MemoryPlan
 
 # A run's computing against the calibration: other programs and colder caches, or quieter ones.
 _COMPUTE = (1.5, 0.75)
-# A run's reads against the slowest and the fastest window of the measurement: a shared disk changes with the hour.
+# A run's reads against the slowest and the fastest window of the measurement, which was short: a shared disk
+# changes with the hour.
 _READS = (0.7, 1.5)
 # Assumed of trained models, whose neighbouring tokens share experts: a share x of the experts in memory
 # serves 1 - (1 - x) ** 2.5 of the uses.
