@@ -25,9 +25,9 @@ HEADLINES = {
     "plan_vs_reality": r"",
     "quality_by_precision": r"debian",
     "demo_quality": r"^demo as shipped",
-    "policies_live": r"english.*rho 2",
+    "policies_live": r"english, rho 2, ((default|moe-infinity|hobbit-exact|hybrimoe)$|(lru|lfu|belady-bypass@global) )",
     "sida_fidelity": r"",
-    "samoyeds_cpu_layer": r"OLMoE",
+    "samoyeds_cpu_layer": r"OLMoE.*decode",
     "sparsify_quality": r"",
 }
 
