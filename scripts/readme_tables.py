@@ -25,7 +25,7 @@ HEADLINES = {
     "plan_vs_reality": r"",
     "quality_by_precision": r"debian",
     "demo_quality": r"^demo as shipped",
-    "policies_live": r"english, rho 2, ((default|moe-infinity|hobbit-exact|hybrimoe)$|(lru|lfu|belady-bypass@))",
+    "policies_live": r"english, rho 2, ((default|moe-infinity|hobbit-exact|hybrimoe)$|(lru|lfu|belady-b))",
     "sida_fidelity": r"",
     "samoyeds_cpu_layer": r"OLMoE.*decode",
     "sparsify_quality": r"",
