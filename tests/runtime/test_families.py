@@ -11,7 +11,9 @@ from tiny_models import FAMILIES, tiny_inputs, tiny_model
 
 # What we load is compared with what plain transformers loads: some families do not survive their own
 # save_pretrained at this version, and where that fails altogether there is nothing to compare.
-TOLERANCE = 1e-4
+# Tolerance: a share of the largest logit. Those of random models are around ten, and sums in another order
+# differ in the last bits.
+TOLERANCE = 5e-5
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +53,7 @@ def test_loaded_family_is_exact(family, tmp_path, seed):
         assert family == "beam", error
         pytest.skip(str(error))
     assert torch.equal(*found), "where experts lie changed the logits"
-    assert (found[0] - want).abs().max() < TOLERANCE
+    assert (found[0] - want).abs().max() < TOLERANCE * want.abs().max().clamp(min=1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -66,7 +68,7 @@ def test_attach_and_detach(family, seed):
     attached = logits(model, inputs)
     assert runtime.stats().host_misses > 0
     gangline.detach(model)
-    assert (attached - before).abs().max() < TOLERANCE
+    assert (attached - before).abs().max() < TOLERANCE * before.abs().max().clamp(min=1)
     after = model.state_dict()
     assert after.keys() == weights.keys()
     if family != "longcat_flash":  # its stacks have rows for identity experts, which nothing reads
