@@ -65,12 +65,6 @@ void ActivationRows::quantize(int t, int block_index, int columns) {
     }
 }
 
-void ActivationRows::quantize(Team team) {
-    if (forms_.empty()) return;
-    const Range mine = share(rows_ * blocks(), 1, team.worker, team.workers);
-    for (int i = mine.begin; i < mine.end; ++i) quantize(i / blocks(), i % blocks(), columns_);
-}
-
 Activations ActivationRows::as(const Matrix& w) const {
     Activations a;
     a.x = x_.data();

@@ -41,8 +41,6 @@ public:
     int blocks() const { return (columns_ + block - 1) / block; }
     // Makes the int8 forms of one block of columns of one row, for matrices that read so many columns.
     void quantize(int t, int block_index, int columns);
-    // Makes those of this worker's share of all rows, for matrices that read all columns.
-    void quantize(Team team);
     Activations as(const Matrix& w) const;
 
 private:

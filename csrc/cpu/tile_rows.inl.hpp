@@ -126,8 +126,10 @@ GANGLINE_INLINE void start_group(const std::uint8_t* zeros, std::size_t block_by
         if (F != Format::tile_mxfp4 && has_zeros) {
             const auto negative = S::ints(-sum[t * groups]);
             for (int r = 0; r < R; ++r)
-                for (int v = 0; v < V; ++v)
-                    dot[t][r][v] = S::multiply(S::load_zeros(zeros + static_cast<std::size_t>(r) * block_bytes + v * (tile_rows / V), zero_shift<S, F>()), negative);
+                for (int v = 0; v < V; ++v) {
+                    const std::uint8_t* at = zeros + static_cast<std::size_t>(r) * block_bytes + v * (tile_rows / V);
+                    dot[t][r][v] = S::multiply(S::load_zeros(at, zero_shift<S, F>()), negative);
+                }
         } else {
             const auto start = S::ints(-(code_zero(F) - zero_shift<S, F>()) * sum[t * groups]);
             for (int r = 0; r < R; ++r)
