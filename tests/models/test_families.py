@@ -1,5 +1,6 @@
 """Every MoE family of the installed transformers: detection, geometry, routing rule, installation."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,11 @@ from gangline.models import (
     restore_expert_params,
 )
 from models.rig import logits, on_meta, resident
+from near_ties import agree_unless_tied, is_tied, share_off
 from tiny_models import FAMILIES, tiny_model
 
+# Of the largest logit: sums in another order differ in the last bits.
+TOLERANCE = 5e-5
 # Rows of identity experts that no forward reads.
 _SPARE_ROWS = ("longcat_flash",)
 
@@ -56,16 +60,20 @@ def test_view_and_routing(family: str, seed: int) -> None:
 def test_installed_forward_gives_the_plain_models_logits(family: str, seed: int) -> None:
     model = tiny_model(family, seed)
     view = find_moe(model)
-    worst = []
-    # Sums in another order may tip a token whose experts are tied to seven digits; not in both draws.
-    for draw in (seed, seed + 1):
-        plain = logits(model, draw)
+
+    def attempt(draw: int) -> Callable[[], bool] | None:
+        plain = logits(model, seed + draw)
         with resident(view) as calls:
-            installed = logits(model, draw)
-        assert torch.equal(logits(model, draw), plain), "undo does not restore the plain model"
+            installed = logits(model, seed + draw)
+        assert torch.equal(logits(model, seed + draw), plain), "undo does not restore the plain model"
         check_calls(view, calls)
-        worst.append(float((installed - plain).abs().max()))
-    assert min(worst) < 1e-4, f"logits differ from the plain model by {worst}"
+        if share_off(installed, plain) < TOLERANCE:
+            return None
+        return lambda: is_tied(
+            model, lambda: logits(model, seed + draw), lambda a, b: not share_off(a, b) < 4 * TOLERANCE
+        )
+
+    agree_unless_tied(attempt)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
