@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from gangline.compress.dense_to_moe.layer import DenseFFN, FitConfig, LayerPlan, LowRank, fit_layer
 from gangline.compress.dense_to_moe.refit import ridge_delta, truncate
 from gangline.compress.dense_to_moe.routing import choose_neurons, spherical_kmeans
+from near_ties import share_off
 
 
 def random_ffn(hidden: int = 16, neurons: int = 24) -> DenseFFN:
@@ -33,7 +34,7 @@ def mixture(plan: LayerPlan, ffn: DenseFFN, x_TD: torch.Tensor, top_k: int) -> t
 def test_all_neurons_in_every_expert_equals_dense():
     ffn, x_TD = random_ffn(), torch.randn(20, 16)
     plan = LayerPlan(torch.randn(4, 16), torch.arange(24).expand(4, -1))
-    torch.testing.assert_close(mixture(plan, ffn, x_TD, 1), dense_output(ffn, x_TD), rtol=1e-4, atol=1e-4)
+    assert share_off(mixture(plan, ffn, x_TD, 1), dense_output(ffn, x_TD)) < 1e-5
 
 
 @settings(max_examples=20, deadline=None)
@@ -48,8 +49,11 @@ def test_experts_compute_the_plan(groups, top_k, seed):
         LowRank(torch.randn(16, 2), torch.randn(2, 24)),
         LowRank(torch.randn(groups, 16, 3), torch.randn(groups, 3, 12)),
     )
-    expected = plan.output(ffn, x_TD)
-    torch.testing.assert_close(mixture(plan, ffn, x_TD, top_k), expected, rtol=1e-3, atol=1e-3)
+    # What the groups score must differ by more than the rounding of two ways to compute it.
+    best_T2 = (x_TD @ plan.router_GD.T).topk(min(2, groups), dim=1).values
+    clear_T = best_T2[:, 0] - best_T2[:, -1] > 1e-4 if groups > 1 else torch.ones(12, dtype=torch.bool)
+    assert clear_T.sum() > 9
+    assert share_off(mixture(plan, ffn, x_TD[clear_T], top_k), plan.output(ffn, x_TD[clear_T])) < 1e-4
 
 
 def test_experts_of_a_group_split_its_neurons():
@@ -89,9 +93,9 @@ def test_group_without_tokens_takes_the_neurons_of_all():
 def test_refit_recovers_a_known_correction():
     h_TN, delta_DN = torch.randn(400, 12), torch.randn(5, 2) @ torch.randn(2, 12)
     found_DN, gram_NN = ridge_delta(h_TN, h_TN @ delta_DN.T, 1e-6)
-    torch.testing.assert_close(found_DN, delta_DN, rtol=1e-3, atol=1e-3)
+    assert share_off(found_DN, delta_DN) < 1e-3
     left_DR, right_RN = truncate(found_DN, gram_NN, 2)
-    torch.testing.assert_close(left_DR @ right_RN, delta_DN, rtol=1e-3, atol=1e-3)
+    assert share_off(left_DR @ right_RN, delta_DN) < 1e-3
 
 
 def test_refit_beats_no_refit_on_fresh_tokens():
@@ -116,4 +120,4 @@ def test_full_width_needs_no_correction(rank):
     ffn, x_TD = random_ffn(), torch.randn(300, 16)
     target_TD = dense_output(ffn, x_TD)
     plan = fit_layer(ffn, x_TD, target_TD, torch.ones(300), FitConfig(3, 24, 0, rank))
-    torch.testing.assert_close(plan.output(ffn, x_TD), target_TD, rtol=1e-3, atol=1e-3)
+    assert share_off(plan.output(ffn, x_TD), target_TD) < 1e-3
