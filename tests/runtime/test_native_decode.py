@@ -21,6 +21,7 @@ from gangline.kernels.sums import accumulate
 from gangline.models import MoEView, expert_math, expert_tensors, find_moe, resident_forward, stored_fields
 from gangline.runtime.native_cache import GrowingLayer
 from gangline.runtime.native_decode import NativeDecode, enable_native_decode
+from near_ties import agree_unless_tied, is_tied, share_off
 from tiny_models import VOCABULARY, tiny_model
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the native core is not built")
@@ -112,6 +113,21 @@ def difference(ours: Any, theirs: Any) -> float:
     return float((a - b).norm() / b.norm())
 
 
+def unlike(ours: Any, theirs: Any, tolerance: float = 4e-4) -> bool:
+    """Whether two answers differ in a token, or in their logits by more than noise alone makes them."""
+    same = torch.equal(ours.sequences, theirs.sequences)
+    return not (same and difference(ours.logits, theirs.logits) < tolerance)
+
+
+def says_otherwise(
+    model: PreTrainedModel, ours: Any, again: Callable[[], Any], tolerance: float = 1e-4
+) -> Callable[[], bool] | None:
+    """For ``agree_unless_tied``: nothing if the modules, asked ``again``, say what we said."""
+    if not unlike(ours, again(), tolerance):
+        return None
+    return lambda: is_tied(model, again, unlike)
+
+
 @pytest.fixture
 def two_threads() -> Iterator[Callable[[int], None]]:
     core: Any = native()
@@ -124,13 +140,16 @@ def two_threads() -> Iterator[Callable[[int], None]]:
 @pytest.mark.parametrize("family", DEMANDED + ALSO)
 def test_generates_what_the_modules_generate(family: str, seed: int) -> None:
     model, step = build(family, seed)
-    inputs = prompt(batch=3)
-    ours = generate(model, inputs)
-    assert step.steps == 23
-    step.enabled = False
-    theirs = generate(model, inputs)
-    assert torch.equal(ours.sequences, theirs.sequences)
-    assert difference(ours.logits, theirs.logits) < 1e-4
+
+    def attempt(draw: int) -> Callable[[], bool] | None:
+        inputs = prompt(batch=3)
+        step.enabled, before = True, step.steps
+        ours = generate(model, inputs)
+        assert step.steps - before == 23
+        step.enabled = False
+        return says_otherwise(model, ours, lambda: generate(model, inputs))
+
+    agree_unless_tied(attempt)
 
 
 def encode_pruned(weight_OI: torch.Tensor, name: str) -> torch.Tensor:
@@ -158,33 +177,36 @@ def test_packed_dense_weights(family: str, codec: str, seed: int) -> None:
     view = find_moe(model)
     step = enable_native_decode(model, view, ModuleExperts(view))
     assert step is not None
-    inputs = prompt()
-    ours = generate(model, inputs, max_new_tokens=8)
-    assert step.steps == 7
+    # Now and then an activation lies on the border between two of its int8 steps, and what follows may tip a
+    # router: of many rows only few.
+    inputs = prompt(batch=12, tokens=5, padding=2)
+    ours = generate(model, inputs, max_new_tokens=3)
+    assert step.steps == 2
     step.enabled = False
-    # Now and then an activation lies on the border between two of its int8 steps.
-    assert difference(ours.logits[1:2], generate(model, inputs, max_new_tokens=8).logits[1:2]) < 5e-2
+    theirs = generate(model, inputs, max_new_tokens=3)
+    rows = [difference([a], [b]) for a, b in zip(ours.logits[1], theirs.logits[1], strict=True)]
+    assert sum(row < 5e-2 for row in rows) >= 8
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", DEMANDED)
 def test_one_step_in_sixteen_bits_is_near_the_modules(family: str, dtype: torch.dtype, seed: int) -> None:
     model, step = build(family, seed, dtype)
-    inputs = prompt()
+    inputs = prompt(batch=12)
     with torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
         twin = copy.deepcopy(cache)
         more = {
-            "attention_mask": torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], 1)
+            "attention_mask": torch.cat([inputs["attention_mask"], torch.ones(12, 1, dtype=torch.int64)], 1)
         }
-        token = torch.randint(3, VOCABULARY, (2, 1))
+        token = torch.randint(3, VOCABULARY, (12, 1))
         ours = model(token, past_key_values=cache, **more).logits
         step.enabled = False
         theirs = model(token, past_key_values=twin, **more).logits
     assert step.steps == 1 and ours.dtype == dtype and ours.shape == theirs.shape
-    # A near-tie in a router may send a row of a random model elsewhere: the other row must agree.
-    rows = [difference([ours[n]], [theirs[n]]) for n in range(2)]
-    assert min(rows) < 0.1
+    # A near-tie in a router may send a row of a random model elsewhere: of many rows only few.
+    rows = [difference([a], [b]) for a, b in zip(ours, theirs, strict=True)]
+    assert sum(row < 0.1 for row in rows) >= 8
     assert difference([cache.layers[0].keys], [twin.layers[0].keys]) < 0.01
 
 
@@ -238,49 +260,84 @@ def test_result_does_not_depend_on_threads_or_on_the_batch(
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_long_context_of_several_chunks(family: str, seed: int) -> None:
     model, step = build(family, seed)
-    inputs = prompt(batch=2, tokens=601, padding=299)
-    ours = generate(model, inputs, max_new_tokens=3)
-    assert step.steps == 2
-    step.enabled = False
-    assert difference(ours.logits, generate(model, inputs, max_new_tokens=3).logits) < 1e-4
+
+    def attempt(draw: int) -> Callable[[], bool] | None:
+        inputs = prompt(batch=2, tokens=601, padding=299)
+        step.enabled, before = True, step.steps
+        ours = generate(model, inputs, max_new_tokens=3)
+        assert step.steps - before == 2
+        step.enabled = False
+        return says_otherwise(model, ours, lambda: generate(model, inputs, max_new_tokens=3))
+
+    agree_unless_tied(attempt)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe"])
 def test_beam_search(family: str, seed: int) -> None:
     model, step = build(family, seed)
-    inputs = prompt()
-    options = {"num_beams": 3, "max_new_tokens": 12, "num_return_sequences": 2}
-    ours = generate(model, inputs, **options)
-    assert step.steps >= 11
-    step.enabled = False
-    assert torch.equal(ours.sequences, generate(model, inputs, **options).sequences)
+    options = {
+        "num_beams": 3,
+        "max_new_tokens": 12,
+        "num_return_sequences": 2,
+        "return_dict_in_generate": False,
+    }
+
+    def attempt(draw: int) -> Callable[[], bool] | None:
+        inputs = prompt()
+        step.enabled, before = True, step.steps
+        ours = generate(model, inputs, **options)
+        assert step.steps - before >= 11
+        step.enabled = False
+
+        def again() -> Any:
+            return generate(model, inputs, **options).sequences
+
+        if torch.equal(ours.sequences, again()):
+            return None
+        return lambda: is_tied(model, again, lambda a, b: not torch.equal(a, b))
+
+    agree_unless_tied(attempt)
 
 
 def test_prompt_in_chunks_and_a_cache_that_goes_on(seed: int) -> None:
     model, step = build("qwen2_moe", seed)
-    inputs = prompt(padding=0)
     model.generation_config.prefill_chunk_size = 4
-    first = generate(model, inputs, max_new_tokens=6)
-    more = torch.cat([first.sequences, torch.randint(3, VOCABULARY, (2, 4))], 1)
-    ours = generate(model, {"input_ids": more}, past_key_values=first.past_key_values, max_new_tokens=8)
-    assert step.steps == (1 + 5) + (1 + 7)  # the last chunk of both prompts is one token
-    step.enabled = False
-    assert torch.equal(ours.sequences, generate(model, {"input_ids": more}, max_new_tokens=8).sequences)
+
+    def attempt(draw: int) -> Callable[[], bool] | None:
+        step.enabled, before = True, step.steps
+        first = generate(model, prompt(padding=0), max_new_tokens=6)
+        more = torch.cat([first.sequences, torch.randint(3, VOCABULARY, (2, 4))], 1)
+        ours = generate(model, {"input_ids": more}, past_key_values=first.past_key_values, max_new_tokens=8)
+        assert step.steps - before == (1 + 5) + (1 + 7)  # the last chunk of both prompts is one token
+        step.enabled = False
+        return says_otherwise(model, ours, lambda: generate(model, {"input_ids": more}, max_new_tokens=8))
+
+    agree_unless_tied(attempt)
 
 
 def test_positions_of_the_caller_count(seed: int) -> None:
     model, step = build("olmoe", seed)
-    ids, token = torch.randint(3, VOCABULARY, (2, 5)), torch.randint(3, VOCABULARY, (2, 1))
     positions = torch.tensor([[1, 2, 3, 10, 11], [0, 1, 2, 3, 4]])
     new = torch.tensor([[30], [5]])
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def attempt(draw: int) -> Callable[[], bool] | None:
+        ids, token = torch.randint(3, VOCABULARY, (2, 5)), torch.randint(3, VOCABULARY, (2, 1))
+        step.enabled, before = True, step.steps
         cache = model(ids, position_ids=positions, use_cache=True).past_key_values
         twin = copy.deepcopy(cache)
         ours = model(token, position_ids=new, past_key_values=cache, logits_to_keep=1).logits
-        assert step.steps == 1
+        assert step.steps - before == 1
         step.enabled = False
-        theirs = model(token, position_ids=new, past_key_values=twin).logits
-    assert difference([ours], [theirs]) < 1e-4
+
+        def again() -> Tensor:
+            return model(token, position_ids=new, past_key_values=copy.deepcopy(twin)).logits
+
+        if share_off(ours, again()) < 1e-4:
+            return None
+        return torch.no_grad()(lambda: is_tied(model, again, lambda a, b: not share_off(a, b) < 4e-4))
+
+    agree_unless_tied(attempt)
 
 
 FALLBACKS: dict[str, dict[str, Any]] = {
@@ -413,5 +470,6 @@ def test_error_in_the_experts_leaves_the_cache_as_it_was(seed: int) -> None:
         assert cache.get_seq_length() == 5
         step._moe.forward = working
         ours = model(token, past_key_values=cache).logits
-        theirs = model(torch.cat([ids, token], 1)).logits[:, -1:]
-    assert difference([ours], [theirs]) < 1e-4
+        fresh = model(ids, use_cache=True).past_key_values
+        theirs = model(token, past_key_values=fresh).logits
+    assert torch.equal(ours, theirs)
