@@ -71,6 +71,14 @@ class BudgetOptions(ModelOptions):
         int | None,
         option("--batch-tokens", help="Tokens at once; longer prompts are read in chunks.", min=1),
     ] = None
+    device: Annotated[
+        str | None,
+        option(
+            "--device",
+            metavar="cpu|cuda",
+            help="Where sparse experts are computed. (Default: a GPU if measured faster.)",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

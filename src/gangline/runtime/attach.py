@@ -72,12 +72,14 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
     Raises:
         ConformanceError, UnsupportedModelError: the model is not understood.
         BudgetError: the budget is too small.
-        UsageError: the model is attached already, or an option is about reading a checkpoint.
+        UsageError: the model is attached already, or an option is about reading a checkpoint or a GPU.
         TypeError: there is no such option.
     """
     asked = LoadOptions(**{"progress": False, **options})
     if asked.dtype is not None or asked.revision is not None:
         raise UsageError("a built model has its dtype and revision; convert it before gangline.attach")
+    if asked.device not in (None, "cpu"):
+        raise UsageError("experts of a built model stay on the processor; only gangline.load takes a device")
     policy = asked_policy(asked.policy, asked.predictor) or DEFAULT
     if getattr(model, "gangline", None) is not None:
         raise UsageError("this model is attached already; call gangline.detach(model) first")

@@ -23,6 +23,9 @@ from gangline.runtime.store import ExpertStore
 
 Observer = Callable[[int, Tensor, Tensor, Tensor], None]
 
+Layers = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""Takes a layer, inputs, ids and weights; returns the weighted sums ``[T, D]``."""
+
 Reroute = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes a layer, ids and weights ``[T, K]`` of its router; returns those to compute."""
 
@@ -67,6 +70,7 @@ class Engine:
         observer: called with layer, inputs, ids and weights of every event; its tensors are reused after it.
         policy: runs predictors and prefetch; None where the composition has neither and its cache looks at
             counts only.
+        resident: computes whole layers of a model whose experts all lie on a GPU; then nothing else does.
         reroute: called before anything else happens with an event; may change what is computed.
     """
 
@@ -80,6 +84,7 @@ class Engine:
         self.observer: Observer | None = None
         self.policy: PolicyDriver | None = None
         self.reroute: Reroute | None = None
+        self.resident: Layers | None = None
 
     def layer_forward(self, layer: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """Return the function that a model's experts module of ``layer`` computes through."""
@@ -102,6 +107,11 @@ class Engine:
             )
         if self.reroute is not None:
             ids_TK, weights_TK = self.reroute(layer, ids_TK, weights_TK)
+        if self.resident is not None:
+            self.routed(layer, ids_TK, weights_TK)
+            if self.observer is not None:
+                self.observer(layer, x_TD, ids_TK, weights_TK)
+            return self.resident(layer, x_TD, ids_TK, weights_TK)
         self._count_step(layer)
         if self.observer is not None:
             self.observer(layer, x_TD, ids_TK, weights_TK)
@@ -120,7 +130,7 @@ class Engine:
         return out_TD.to(x_TD.dtype)
 
     def routed(self, layer: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
-        """Count the experts of an event that the native decode step computed, all of them being in memory."""
+        """Count the experts of an event that was computed elsewhere, all of them being there for good."""
         self._count_step(layer)
         uses = ids_TK.numel()
         self._store.count_resident(uses if len(ids_TK) == 1 else len(ids_TK.unique()), uses)

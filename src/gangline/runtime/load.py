@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from gangline.checkpoint.locate import LocalCheckpoint, resolve_checkpoint
@@ -19,11 +20,13 @@ from gangline.core.layout import ExpertCatalog
 from gangline.core.tiers import Priority
 from gangline.kernels.choice import expert_kernel, set_native_threads
 from gangline.kernels.cpu.native_kernel import NativeKernel
+from gangline.kernels.reference import ReferenceKernel
 from gangline.models import MoEView, check_conformance, expert_math, install
 from gangline.policies.caches import CachePolicy
 from gangline.runtime.engine import Engine, ExpertKernel
 from gangline.runtime.files import ExpertFiles, IOMode
 from gangline.runtime.footprint import Footprint
+from gangline.runtime.gpu_experts import GpuExperts, place_experts
 from gangline.runtime.native_decode import enable_native_decode
 from gangline.runtime.opened import OpenedModel, codec_of, largest_reads, open_model
 from gangline.runtime.options import LoadOptions, plan_request
@@ -59,7 +62,7 @@ def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
     if asked.threads is not None:
         torch.set_num_threads(asked.threads)
     set_native_threads(torch.get_num_threads())
-    opened = _open(model, asked, need_weights=True)
+    opened, asked, gpu = place_experts(_open(model, asked, need_weights=True), asked)
     plan, _ = _plan(opened, asked)
     for note in plan.notes:
         logger.warning("%s: %s", opened.name, note)
@@ -77,6 +80,7 @@ def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
         cache_seed=asked.cache_seed,
         progress=asked.progress,
         policy=policy or _tuned(opened, asked, plan) or DEFAULT,
+        gpu=None if gpu is None else GpuExperts(gpu, opened.dtype),
     )
     model_run.gangline.identity = opened.identity  # type: ignore[union-attr]
     return model_run
@@ -103,7 +107,8 @@ def plan_model(model: str | Path, **options: Any) -> MemoryPlan:
     from gangline.runtime.speed_model import with_speed
 
     asked = LoadOptions(**options)
-    plan, footprint = _plan(_open(model, asked, need_weights=False), asked)
+    opened, asked, _ = place_experts(_open(model, asked, need_weights=False), asked)
+    plan, footprint = _plan(opened, asked)
     return with_speed(plan, footprint)
 
 
@@ -132,23 +137,23 @@ def run_from_store(
     cache_seed: int | None = None,
     progress: bool | None = None,
     policy: PolicyChoice = DEFAULT,
+    gpu: GpuExperts | None = None,
 ) -> PreTrainedModel:
-    """Make a model without expert matrices compute its experts from ``catalog`` within ``plan``.
+    """Make a model without expert matrices compute its experts from ``catalog`` within ``plan``, or on a GPU.
 
     Raises:
         UsageError: the parts of ``policy`` cannot be made; see
             :func:`gangline.runtime.policy_setup.live_parts`.
     """
     parts = live_parts(policy, view, plan, cache_seed)
-    kernels = [
-        expert_kernel(layout, expert_math(block))
-        for layout, block in zip(catalog.layouts, view.blocks, strict=True)
-    ]
+    kernels = _kernels(catalog, view, gpu)
+
+    def bind(layer: int, raws: Sequence[Tensor]) -> Any:
+        return kernels[layer].bind(raws) if gpu is None else gpu.bind(raws)
+
     files = ExpertFiles(catalog.files, io)
     pools, pool_of_layer = _pools(plan, catalog, files.align, parts.caches)
-    store = ExpertStore(
-        catalog, files, pools, pool_of_layer, lambda layer, raws: kernels[layer].bind(raws), IO_THREADS
-    )
+    store = ExpertStore(catalog, files, pools, pool_of_layer, bind, IO_THREADS)
     engine = Engine(store, kernels, view.geometry)
     runtime = Runtime(model, view, plan, catalog, store, engine, policy)
     for block in view.blocks:
@@ -161,12 +166,25 @@ def run_from_store(
     if decode is not None:
         runtime.on_close(decode.close)
     object.__setattr__(model, "gangline", runtime)
+    if gpu is not None:
+        runtime.gpu = gpu
+        gpu.fill(store, catalog, view, progress=progress)
+        engine.resident = gpu.forward
+        return model
     runtime.start_policy(parts)
     if plan.everything_resident:
         _read_everything(store, catalog, progress)
         if decode is not None:
             decode.decoder.set_experts(_resident_table(store, kernels, view))
     return model
+
+
+def _kernels(catalog: ExpertCatalog, view: MoEView, gpu: GpuExperts | None) -> list[ExpertKernel]:
+    """Return the kernel of every layer; with all experts on a GPU none of them is ever asked."""
+    choose = expert_kernel if gpu is None else ReferenceKernel
+    return [
+        choose(layout, expert_math(block)) for layout, block in zip(catalog.layouts, view.blocks, strict=True)
+    ]
 
 
 def _resident_table(

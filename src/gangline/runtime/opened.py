@@ -78,6 +78,7 @@ class OpenedModel:
         folder: its folder, None for a model that is only known by its headers.
         gguf: the GGUF checkpoint, if it is one.
         mapped: dense weights that are used as the file has them (see :func:`_mapped`).
+        sparse_as_stored: whether sparse experts stay in the order of GPU kernels.
     """
 
     name: str
@@ -90,6 +91,7 @@ class OpenedModel:
     folder: Path | None
     gguf: GGUFCheckpoint | None
     mapped: frozenset[str] = frozenset()
+    sparse_as_stored: bool = False
 
     def layouts(self, codec: str | None) -> tuple[ExpertLayout, ...]:
         """Return how experts will lie in their slots at a precision."""
@@ -100,7 +102,8 @@ class OpenedModel:
         """Return the codec of the experts: what was asked for; or the order in which the native core reads
         sparse ones that shall stay as stored, if it can compute all of them.
         """
-        return codec if codec is not None or not self._sparse_in_native_core else TILED
+        as_stored = codec is not None or self.sparse_as_stored or not self._sparse_in_native_core
+        return codec if as_stored else TILED
 
     @cached_property
     def _sparse_in_native_core(self) -> bool:

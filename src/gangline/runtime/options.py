@@ -33,6 +33,8 @@ class LoadOptions:
             for this model, memory and machine, else ``default``.
         predictor: what the policy learned: a file of ``gangline predict train``, or a trace.
         progress: show bars; None shows them on a terminal.
+        device: where experts are computed: ``cpu``, or ``cuda`` (``cuda:1``) for sparse experts that all fit
+            there; None takes a GPU only where its times were measured.
         name: what messages and reports call the model; None is what ``model`` says.
     """
 
@@ -49,6 +51,7 @@ class LoadOptions:
     policy: str | None = None
     predictor: str | None = None
     progress: bool | None = None
+    device: str | None = None
     name: str | None = None
 
 

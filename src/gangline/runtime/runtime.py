@@ -18,6 +18,7 @@ from gangline.models import MoEView
 from gangline.policies.parts import Parts
 from gangline.runtime.embedding import leave_in_file
 from gangline.runtime.engine import Engine, Observer, Reroute
+from gangline.runtime.gpu_experts import GpuExperts
 from gangline.runtime.planner import MemoryPlan
 from gangline.runtime.policy_choice import DEFAULT, PolicyChoice, asked_policy
 from gangline.runtime.policy_setup import live_parts, start_policy
@@ -66,6 +67,7 @@ class Runtime:
         view: the model's MoE layers, and geometry: their sizes.
         policy: the composition that it runs under.
         identity: a hash of the model's files; empty for a model that was attached.
+        gpu: the experts, where they all lie on a GPU.
         attached: whether the model was built by somebody else and gets its experts back on ``close``.
     """
 
@@ -90,6 +92,7 @@ class Runtime:
         self._prefill_tokens = 0
         self._decode_tokens = 0
         self._undo: list[Callable[[], None]] = []
+        self.gpu: GpuExperts | None = None
         self._approximate: str | None = None
         self._stop_policy: Callable[[], None] = lambda: None
         if plan.in_file:
@@ -105,6 +108,16 @@ class Runtime:
         return self._store
 
     @property
+    def idle(self) -> bool:
+        """Whether all experts stay where they are, so that no policy has anything to do."""
+        return self.gpu is not None or self.plan.everything_resident
+
+    def _where(self) -> str:
+        if self.gpu is not None:
+            return f"all experts on {self.gpu.gpu.name}"
+        return f"{self.plan.resident_share:.0%} of experts in RAM"
+
+    @property
     def smallest_slots(self) -> int:
         """The smallest number of expert slots with which the model runs."""
         return len(self.plan.slots)
@@ -115,7 +128,7 @@ class Runtime:
 
     def start_policy(self, parts: Parts) -> None:
         """Let the parts of the policy run beside the engine; where all experts are in memory nothing does."""
-        if not self.plan.everything_resident:
+        if not self.idle:
             self._stop_policy = start_policy(
                 self._model, self.view, self._engine, self.store, parts, self.plan.experts_resident
             )
@@ -134,7 +147,7 @@ class Runtime:
         choice = asked_policy(policy, predictor)
         assert choice is not None
         parts = live_parts(choice, self.view, self.plan)
-        if not self.plan.everything_resident:
+        if not self.idle:
             self.store.use_policies(parts.caches)
             self._stop_policy()
         self.policy = choice
@@ -163,10 +176,10 @@ class Runtime:
         if self._approximate is not None:
             kind = f"approximate ({self._approximate})"
         parts = [
-            f"{kind}, {'+'.join(plan.codecs)}, {plan.resident_share:.0%} of experts in RAM",
+            f"{kind}, {'+'.join(plan.codecs)}, {self._where()}",
             f"peak {format_size(peak_resident())}"
             + (f" of {format_size(plan.budget)}" if plan.budget else ""),
-            self.policy.words(idle=plan.everything_resident),
+            self.policy.words(idle=self.idle),
         ]
         stats = self.stats()
         if stats.hit_rate is not None:

@@ -71,7 +71,7 @@ class SamoyedsLayer:
         """Whether the sparse kernel was measured to be the faster for so many tokens."""
         if self.sparse is None or x_TD.dtype != torch.bfloat16 or not len(x_TD):
             return False
-        device = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "emulated"
+        device = device_name(self._device)
         codecs = {spec.codec for spec in self._layout.fields}
         load = len(x_TD) * top_k / len(self._dense_weights)
         codec = codecs.pop() if len(codecs) == 1 else ""
@@ -88,6 +88,11 @@ class SamoyedsLayer:
             y_ND = self._dense(x_TD[grouping.tokens(index)], self._dense_weights[expert], expert)
             grouping.add(index, y_ND, out_TD)
         return out_TD.to(x_TD.dtype)
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU in the table of measured times; kernels that run elsewhere are emulated."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "emulated"
 
 
 @cache

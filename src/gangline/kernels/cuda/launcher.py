@@ -86,10 +86,12 @@ class CudaLauncher:
         from cuda.core import LaunchConfig, Stream
         from cuda.core import launch as start
 
-        kernel = self._kernel(launch)
-        stream = Stream.from_handle(torch.cuda.current_stream(self.device).cuda_stream)
-        config = LaunchConfig(grid=launch.grid, block=launch.threads, shmem_size=launch.shared_bytes)
-        start(stream, config, kernel, *map(_as_cuda, arguments))
+        # torch's default stream is the null stream, which is that of whatever device is current.
+        with torch.cuda.device(self.device):
+            kernel = self._kernel(launch)
+            stream = Stream.from_handle(torch.cuda.current_stream(self.device).cuda_stream)
+            config = LaunchConfig(grid=launch.grid, block=launch.threads, shmem_size=launch.shared_bytes)
+            start(stream, config, kernel, *map(_as_cuda, arguments))
 
     def _kernel(self, launch: Launch) -> Any:
         key = (launch.build, launch.shared_bytes)

@@ -6,6 +6,7 @@ guessed: where no entry is near, the answer is that nothing is known.
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -51,6 +52,11 @@ class Timing:
 def measured_timings(path: Path = _TABLE) -> tuple[Timing, ...]:
     """All entries of the table."""
     return tuple(Timing(**entry) for entry in json.loads(path.read_text()))
+
+
+def is_measured(timings: Sequence[Timing], device: str, codec: str, sizes: tuple[int, int]) -> bool:
+    """Whether a GPU of that name has timed experts of that codec and these sizes (hidden, intermediate)."""
+    return any((t.device, t.codec, (t.hidden, t.intermediate)) == (device, codec, sizes) for t in timings)
 
 
 def sparse_is_faster(

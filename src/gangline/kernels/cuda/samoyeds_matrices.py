@@ -14,7 +14,7 @@ from gangline.core.layout import FieldSpec
 from gangline.formats import get_codec
 from gangline.formats.samoyeds import TILE, SamoyedsCodec
 
-_ALIGN = 16
+ALIGN = 16
 Addresses = tuple[int, int, int, int]
 
 
@@ -67,9 +67,9 @@ class PartShape:
             FormatError: the bytes are not aligned as the kernel reads them.
         """
         start = raw.data_ptr()
-        if start % _ALIGN:
+        if start % ALIGN:
             raise FormatError(
-                f"{self.codec.name}: a GPU kernel reads matrices that start at a multiple of {_ALIGN} bytes; "
+                f"{self.codec.name}: a GPU kernel reads matrices that start at a multiple of {ALIGN} bytes; "
                 "copy this one to memory of its own"
             )
         tile = part * self.row_tiles

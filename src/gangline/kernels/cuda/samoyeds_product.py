@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from gangline.core.errors import FormatError
 from gangline.kernels.cpu.gates import GateForm
 from gangline.kernels.cuda.compiler import KernelBuild
 from gangline.kernels.cuda.launcher import Launch, Launcher
 from gangline.kernels.cuda.routing import most_tiles, token_tiles
-from gangline.kernels.cuda.samoyeds_matrices import PartShape
+from gangline.kernels.cuda.samoyeds_matrices import ALIGN, PartShape
 from gangline.kernels.cuda.tiles import MANY, SOME, Stage, Tile, defines, stage_of
 
+_MOST_TILES = 65535  # blocks of a grid in its second direction
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity", "swiglu_oai")
 
 
@@ -43,9 +45,16 @@ class SparseProduct:
             x: bf16 rows, contiguous.
             out: where to write, contiguous.
             tile: what a block makes; a smaller one is taken where the GPU cannot hold it.
+
+        Raises:
+            FormatError: more pairs than one launch can have.
         """
         tile, stage = self._sizes(tile)
         experts = len(parts_E24)
+        if most_tiles(len(out), experts, tile.tokens) > _MOST_TILES:
+            raise FormatError(f"{len(out)} pairs are too many for one launch; feed fewer tokens at once")
+        # Rows are copied 16 bytes at a time; a view into another tensor may start between.
+        x = x if x.data_ptr() % ALIGN == 0 else x.clone()
         row_blocks = -(-self.shape.row_tiles // (tile.wm if self.gate else 2 * tile.wm))
         grid = (row_blocks, most_tiles(len(out), experts, tile.tokens))
         gate = self.gate or GateForm("identity")
