@@ -46,7 +46,8 @@ def test_disk_reads_are_aligned_spread_and_whole(data, reads):
     size = 102_400
     places = [place for place, _, _ in reads]
     assert all(place % 4096 == 0 and nbytes == size for place, nbytes, _ in reads)
-    first_round = places[: data.stat().st_size // size]
+    # The last of a round may be overtaken by the other thread, which begins the next.
+    first_round = places[: data.stat().st_size // size - 1]
     assert len(set(first_round)) == len(first_round)
     assert max(flight for _, _, flight in reads) <= 2
 

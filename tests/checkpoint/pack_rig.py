@@ -81,13 +81,19 @@ def visible(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def pack_in_a_process(folder: str, started, results) -> None:
-    """Make a pack slowly; report how many layers were read here and whether the pack is right."""
+def pack_in_a_process(folder: str, started, results, go_on=None) -> None:
+    """Make a pack slowly; report how many layers were read here and whether the pack is right.
 
-    def slow(layer, expert):
-        started.set()
+    ``started`` is set at the second layer; there it waits until it may ``go_on``, if that is given.
+    """
+
+    def pause(layer, expert):
         time.sleep(0.05)
+        if layer == 1 and expert == 0:
+            started.set()
+            if go_on is not None:
+                go_on.wait(timeout=120)
 
-    source = TinySource(7, on_expert=slow)
+    source = TinySource(7, on_expert=pause)
     catalog = write_pack(source, folder, key="k")
     results.put((len(source.reads), same(catalog, source)))

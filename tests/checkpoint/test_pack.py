@@ -2,13 +2,13 @@
 
 import errno
 import json
+import logging
 import multiprocessing
 import os
 import resource
 import shutil
 import subprocess
 import sys
-import time
 import zlib
 from itertools import pairwise
 from pathlib import Path
@@ -239,14 +239,29 @@ def test_two_processes_make_one_pack(tmp_path):
     verify_pack(tmp_path / "p")
 
 
+class LetGoOn(logging.Handler):
+    """Sets an event as soon as something is logged."""
+
+    def __init__(self, go_on) -> None:
+        super().__init__()
+        self.go_on = go_on
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.go_on.set()
+
+
 def test_the_one_that_waits_says_so(tmp_path, caplog):
     context = multiprocessing.get_context("spawn")
-    started, results = context.Event(), context.Queue()
-    worker = context.Process(target=pack_in_a_process, args=(str(tmp_path / "p"), started, results))
+    started, go_on, results = context.Event(), context.Event(), context.Queue()
+    worker = context.Process(target=pack_in_a_process, args=(str(tmp_path / "p"), started, results, go_on))
     worker.start()
     assert started.wait(timeout=120)
-    source = TinySource(7)
-    catalog = write_pack(source, tmp_path / "p", key="k")
+    source, logger, handler = TinySource(7), logging.getLogger("gangline"), LetGoOn(go_on)
+    logger.addHandler(handler)
+    try:
+        catalog = write_pack(source, tmp_path / "p", key="k")
+    finally:
+        logger.removeHandler(handler)
     worker.join(timeout=30)
     assert "another process is making the expert pack" in caplog.text
     assert source.reads == [] and same(catalog, source)
@@ -254,16 +269,16 @@ def test_the_one_that_waits_says_so(tmp_path, caplog):
 
 def test_a_killed_process_leaves_a_pack_that_can_be_continued(tmp_path):
     context = multiprocessing.get_context("spawn")
-    started, results = context.Event(), context.Queue()
-    worker = context.Process(target=pack_in_a_process, args=(str(tmp_path / "p"), started, results))
+    started, never, results = context.Event(), context.Event(), context.Queue()
+    worker = context.Process(target=pack_in_a_process, args=(str(tmp_path / "p"), started, results, never))
     worker.start()
     assert started.wait(timeout=120)
-    time.sleep(0.25)
     worker.kill()
     worker.join()
     assert visible(tmp_path) == []
     source = TinySource(7)
     assert same(write_pack(source, tmp_path / "p", key="k"), source)
+    assert source.reads == [1, 2]
 
 
 def test_damaged_expert_is_named(source, tmp_path):

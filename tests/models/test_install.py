@@ -1,6 +1,7 @@
 """Installing our forward: the experts interface, and the adapters' special cases."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from gangline.models import expert_math, find_moe, install, resident_forward
 from models.rig import logits, resident
+from near_ties import agree_unless_tied, is_tied, share_off
 from tiny_models import tiny_inputs, tiny_model
 
 
@@ -32,11 +34,18 @@ def test_blocks_without_our_forward_keep_computing_themselves(seed: int) -> None
     model = tiny_model("qwen3_moe", seed)
     plain = logits(model)
     view = find_moe(model)
-    undo = install(view.blocks[1], resident_forward(view.blocks[1]))
-    torch.testing.assert_close(logits(model), plain, rtol=0, atol=1e-4)
-    undo()
+
+    def attempt(draw: int) -> Callable[[], bool] | None:
+        undo = install(view.blocks[1], resident_forward(view.blocks[1]))
+        ours = logits(model, draw)
+        undo()
+        if share_off(ours, logits(model, draw)) < 5e-5:
+            return None
+        return lambda: is_tied(model, lambda: logits(model, draw), lambda a, b: not share_off(a, b) < 2e-4)
+
+    agree_unless_tied(attempt)
     undo = install(view.blocks[1], zeros)
-    assert not torch.allclose(logits(model), plain, atol=1e-2)
+    assert share_off(logits(model), plain) > 1e-2
     undo()
     assert torch.equal(logits(model), plain)
 
@@ -67,12 +76,23 @@ def test_another_model_of_the_same_family_is_not_touched(seed: int) -> None:
 
 def test_generation_uses_our_forward(seed: int) -> None:
     model = tiny_model("mixtral", seed)
-    inputs = tiny_inputs(model, tokens=5)
-    plain = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    with resident(find_moe(model)) as calls:
-        ours = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    assert torch.equal(ours, plain)
-    assert {len(x_TD) for _, x_TD, _, _ in calls} == {2 * 5, 2}
+
+    def attempt(draw: int) -> Callable[[], bool] | None:
+        inputs = tiny_inputs(model, tokens=5, seed=draw)
+
+        def generate() -> Tensor:
+            return model.generate(
+                **inputs, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None
+            )
+
+        with resident(find_moe(model)) as calls:
+            ours = generate()
+        assert {len(x_TD) for _, x_TD, _, _ in calls} == {2 * 5, 2}
+        if torch.equal(ours, generate()):
+            return None
+        return lambda: is_tied(model, generate, lambda a, b: not torch.equal(a, b))
+
+    agree_unless_tied(attempt)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -144,7 +164,7 @@ def test_nllb_by_its_paper_computes_the_chosen_experts(seed: int) -> None:
         ours_TD = block.experts(x_TD, mask_TE, weights_TE)
     undo()
     assert int((weights_TE > 0).sum(1).max()) == 2
-    torch.testing.assert_close(ours_TD, expected_TD.detach(), rtol=0, atol=1e-4)
+    assert share_off(ours_TD, expected_TD.detach()) < 1e-5
 
 
 def test_jetmoe_attention_stays_dense(seed: int) -> None:

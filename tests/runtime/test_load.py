@@ -15,6 +15,7 @@ from gangline.kernels.cpu import native
 from gangline.models import find_moe
 from gangline.runtime.dense_packing import linear_codec, packable_linears
 from gangline.runtime.opened import codec_of
+from near_ties import agree_unless_tied, is_tied, share_off
 from tiny_models import tiny_inputs, tiny_model
 
 
@@ -38,15 +39,21 @@ def greedy(model, ids, tokens=12):
 @pytest.mark.parametrize("cache_seed", [None, 7])
 def test_generates_the_plain_tokens(saved, io, cache_seed):
     model, folder = saved
-    ids = torch.randint(3, 90, (2, 8))
-    want = greedy(model, ids)
-    loaded = gangline.load(folder, expert_slots=4, io=io, cache_seed=cache_seed, batch_tokens=4)
-    with loaded.gangline:
-        assert torch.equal(greedy(loaded, ids), want)
-        stats = loaded.gangline.stats()
+
+    def attempt(draw):
+        ids = torch.randint(3, 90, (2, 8))
+        loaded = gangline.load(folder, expert_slots=4, io=io, cache_seed=cache_seed, batch_tokens=4)
+        with loaded.gangline:
+            found = greedy(loaded, ids)
+            stats = loaded.gangline.stats()
         assert stats.host_misses > 0
         assert stats.prefill_tokens == 16
         assert stats.decode_tokens == 22
+        if torch.equal(found, greedy(model, ids)):
+            return None
+        return lambda: is_tied(model, lambda: greedy(model, ids), lambda a, b: not torch.equal(a, b))
+
+    agree_unless_tied(attempt)
 
 
 @pytest.fixture
@@ -78,15 +85,31 @@ def round_weights(model, precision):
             round_matrix(model.get_submodule(name).weight, own)
 
 
+def same_logits(loaded, plain):
+    """Ours and a plain model's, of draws of inputs, until no choice is tied."""
+
+    @torch.no_grad()
+    def attempt(draw):
+        inputs = tiny_inputs(plain, seed=draw)
+
+        def again():
+            return plain(**inputs).logits
+
+        if share_off(loaded(**inputs).logits, again()) < 5e-5:
+            return None
+        return torch.no_grad()(lambda: is_tied(plain, again, lambda a, b: not share_off(a, b) < 2e-4))
+
+    agree_unless_tied(attempt)
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4", "int4g64"])
 def test_lower_precision_equals_rounded_weights(saved, precision, seed, without_native):
     """Through torch, ``int4`` must compute exactly what a plain model with the rounded weights computes."""
     model, folder = saved
     loaded = gangline.load(folder, precision=precision)
     round_weights(model, precision)
-    inputs = tiny_inputs(model)
-    with loaded.gangline, torch.no_grad():
-        assert (loaded(**inputs).logits - model(**inputs).logits).abs().max() < 1e-4
+    with loaded.gangline:
+        same_logits(loaded, model)
         assert "approximate" in loaded.gangline.banner()
 
 
@@ -97,10 +120,10 @@ def test_rounded_activations_change_little(saved, precision, seed):
     model, folder = saved
     loaded = gangline.load(folder, precision=precision)
     round_weights(model, precision)
-    inputs = tiny_inputs(model)
+    # Where rounding tips a router, this row and those after it differ much: of short sequences only few.
+    inputs = tiny_inputs(model, batch=40, tokens=2, seed=seed)
     with loaded.gangline, torch.no_grad():
         expected = model(**inputs).logits
-        # Where rounding tips a router, this row and those after it differ much: not all rows may.
         apart = (loaded(**inputs).logits - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert apart.flatten().quantile(0.25) < 0.06
 
@@ -117,10 +140,9 @@ def test_bf16_checkpoint_in_fp32(tmp_path, seed):
     model = tiny_model("mixtral", seed=seed, dtype=torch.bfloat16).eval()
     model.save_pretrained(tmp_path / "model")
     plain = type(model).from_pretrained(tmp_path / "model", dtype=torch.float32)
-    inputs = tiny_inputs(model)
     loaded = gangline.load(tmp_path / "model", dtype=torch.float32, expert_slots=3)
-    with loaded.gangline, torch.no_grad():
-        assert (loaded(**inputs).logits - plain(**inputs).logits).abs().max() < 1e-4
+    with loaded.gangline:
+        same_logits(loaded, plain.eval())
 
 
 def test_budget_too_small_names_the_smallest(saved):

@@ -82,7 +82,8 @@ def test_padding_is_left_out_and_rows_find_their_document(seed, tmp_path):
     assert trace.header.labels == {"lang": ("en", "de")}
     assert trace.tokens.labels["lang"].tolist() == [0] * 7 + [1] * 5
     for number in trace.layers:
-        assert (trace.layer(number).ids_RK == alone.layer(number).ids_RK).mean() > 0.95
+        # Padding changes the last bits of attention, which may tip a token.
+        assert (trace.layer(number).ids_RK == alone.layer(number).ids_RK).all(1).mean() > 0.8
     assert len(trace.passes) == 1 and sum(trace.passes[0].indices(99)[1:2]) == 12
 
 
