@@ -2,6 +2,7 @@
 
     python benchmarks/sparsify_quality.py --work demo-text --json
 
+A recipe is a method and what follows it: sparsegpt, sparsegpt+reconstruct=2, alps+distill=65536.
 The peer of every row is the unpruned demo in the same run, so a ratio below 1 is a loss. Needs apt-get for
 the texts that scripts/demo_text.py names: those of training calibrate, those held out judge.
 """
@@ -12,20 +13,22 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch
 
-from gangline.benchmarks.result import Row, compare, write_result
+from gangline.benchmarks.result import Row, compare, read_result, running_command, write_result
 from gangline.compress.demo import ensure_demo
 from gangline.compress.demo_source import find_gguf
 from gangline.compress.dense_to_moe import load_dense
-from gangline.compress.sparsify import METHODS, SparsifySettings
+from gangline.compress.sparsify import METHODS, Method, SparsifySettings
 from gangline.evaluation.sparsification import SparsifyReport, SparsifyTexts, sparsify_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import demo_text
 
 PEER = "unpruned demo"
+NAME = "sparsify_quality"
 
 
 def mixed_text(names: list[str], tokens: int, work: Path) -> str:
@@ -40,10 +43,24 @@ def mixed_text(names: list[str], tokens: int, work: Path) -> str:
     return "\n\n".join(parts)
 
 
-def rows_of(report: SparsifyReport, tokens: int) -> list[Row]:
+def settings_of(recipe: str, pattern: str, values: str, permute: bool) -> SparsifySettings:
+    """The settings that a recipe stands for."""
+    method, *more = recipe.split("+")
+    options = dict(option.split("=") for option in more)
+    return SparsifySettings(
+        pattern,
+        cast(Method, method),
+        values,
+        permute=permute,
+        reconstruct=int(options.pop("reconstruct", 0)),
+        distill_tokens=int(options.pop("distill", 0)),
+    )
+
+
+def rows_of(report: SparsifyReport, recipe: str) -> list[Row]:
     """Perplexity, kept energy and true bits of one run."""
-    settings = report.settings
-    work = f"demo, {settings.pattern}, {settings.method}, {settings.precision}, {tokens} calibration tokens"
+    settings, tokens = report.settings, report.calibration_tokens
+    work = f"demo, {settings.pattern}, {recipe}, {settings.precision}, {tokens} calibration tokens"
     before, after = report.perplexity_before, report.perplexity_after
     assert before is not None
     assert after is not None
@@ -68,6 +85,19 @@ def rows_of(report: SparsifyReport, tokens: int) -> list[Row]:
     ]
 
 
+def stored_rows() -> list[Row]:
+    """The rows of the stored result; none if there is no such file."""
+    path = Path("benchmarks/results") / f"{NAME}.json"
+    return [Row(**row) for row in read_result(path)["rows"]] if path.is_file() else []
+
+
+def store(kept: list[Row], rows: list[Row], command: str) -> None:
+    """Write the rows that were measured, and those kept of which nothing was measured anew."""
+    fresh = {(row.work, row.metric) for row in rows}
+    others = [row for row in kept if (row.work, row.metric) not in fresh]
+    print(write_result(NAME, [*others, *rows], command))
+
+
 def main() -> None:
     """Measure, print, and with --json store."""
     parser = argparse.ArgumentParser(
@@ -75,11 +105,12 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for texts, kept between runs")
     parser.add_argument("--patterns", nargs="*", default=["2:4", "3:4:32", "1:2:32"])
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--recipes", nargs="*", default=[*METHODS, "sparsegpt+reconstruct=2"])
     parser.add_argument("--values", nargs="*", default=["bf16"], help="bf16, int8, int4, ...")
     parser.add_argument("--tokens", type=int, default=32768, help="calibration tokens")
     parser.add_argument("--held-out-tokens", type=int, default=8192)
     parser.add_argument("--permute", action="store_true", help="reorder intermediate channels")
+    parser.add_argument("--add", action="store_true", help="keep the other rows of the stored result")
     parser.add_argument("--json", action="store_true", help="store benchmarks/results/sparsify_quality.json")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -87,18 +118,19 @@ def main() -> None:
     judged = mixed_text(list(demo_text.HELD_OUT_PACKAGES), args.held_out_tokens, args.work)
     texts = SparsifyTexts(calibration, judged, args.tokens, args.held_out_tokens)
     rows: list[Row] = []
+    kept = stored_rows() if args.add else []
     for pattern in args.patterns:
-        for method in args.methods:
+        for recipe in args.recipes:
             for values in args.values:
-                settings = SparsifySettings(pattern, method, values, permute=args.permute)
+                settings = settings_of(recipe, pattern, values, args.permute)
                 with tempfile.TemporaryDirectory() as folder:
                     report = sparsify_checkpoint(
                         ensure_demo(), Path(folder) / "sparse", texts=texts, settings=settings
                     )
-                rows += rows_of(report, report.calibration_tokens)
+                rows += rows_of(report, recipe)
                 print(json.dumps([asdict(row) for row in rows[-3:]], indent=1), flush=True)
-    if args.json:
-        print(write_result("sparsify_quality", rows))
+                if args.json:
+                    store(kept, rows, running_command({"--work": "demo-text"}))
 
 
 if __name__ == "__main__":

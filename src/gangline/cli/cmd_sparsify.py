@@ -58,6 +58,15 @@ def sparsify(
     permute: Annotated[
         bool, option("--permute", help="Order the intermediate channels so that more is kept.")
     ] = False,
+    reconstruct: Annotated[
+        int,
+        option(
+            "--reconstruct",
+            metavar="SWEEPS",
+            help="Fit the pruned layers to the original's outputs; 2 is a good number.",
+            min=0,
+        ),
+    ] = 0,
     no_measure: Annotated[
         bool, option("--no-measure", help="Do not measure perplexity before and after.")
     ] = False,
@@ -80,6 +89,7 @@ def sparsify(
         precision=values or "stored",
         min_tokens=min_tokens,
         permute=permute,
+        reconstruct=reconstruct,
     )
     texts = SparsifyTexts(_read(data), None if held_out is None else _read(held_out), tokens, window=window)
     with _bar() as progress:
@@ -110,6 +120,8 @@ def _table(report: "SparsifyReport") -> "Table":
         means = {e.expert: sum(m.kept for m in e.matrices) / len(e.matrices) for e in layer.experts}
         lowest = min(means, key=lambda expert: means[expert])
         error = "" if layer.error is None else f"{layer.error:.3f}"
+        if layer.reconstructed is not None:
+            error = "{:.3f} -> {:.3f}".format(*layer.reconstructed)
         few = ", ".join(map(str, layer.poor))
         table.add_row(layer.name, f"{layer.kept:.1%}", f"{means[lowest]:.1%}", str(lowest), error, few)
     return table
@@ -132,10 +144,19 @@ def _lines(report: "SparsifyReport") -> Iterator[str]:
             f"{after:.2f} after ({after / before:.2f}x)"
         )
         if after > _MUCH * before:
-            milder = "" if report.settings.codec.pattern.sparsity <= 0.5 else "a milder pattern (2:4), "
-            yield f"that is a large loss: {milder}--method alps or more text may cost less"
+            yield f"that is a large loss: {', '.join(_remedies(report))} or more text may cost less"
     for kind, folder in report.folders.items():
         yield f"{kind}: {folder}"
+
+
+def _remedies(report: "SparsifyReport") -> Iterator[str]:
+    settings = report.settings
+    if settings.codec.pattern.sparsity > 0.5:
+        yield "a milder pattern (2:4)"
+    if not settings.reconstruct:
+        yield "--reconstruct 2"
+    if settings.method != "alps":
+        yield "--method alps"
 
 
 @contextmanager

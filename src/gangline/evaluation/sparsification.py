@@ -22,6 +22,7 @@ from gangline.compress.sparsify import (
     PackedWriter,
     SparsifySettings,
     sparsify_layers,
+    walk_texts,
 )
 from gangline.compress.sparsify.writers import Origin
 from gangline.core.errors import UnsupportedModelError, UsageError
@@ -241,7 +242,7 @@ def _write(
         writers.append(DenseWriter(origin, folders["dense"]))
     say("reading the calibration text", 0, 0)
     model, view = opened.load_dense(None)
-    walk = LayerWalk(model.eval(), view, ids_SC)
+    walk = LayerWalk(model.eval(), view, walk_texts(ids_SC, settings))
     total, done = sum(opened.source.experts), 0
 
     def on_expert() -> None:

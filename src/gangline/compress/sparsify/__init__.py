@@ -1,6 +1,6 @@
 """Sparsify the experts of a MoE under the two-level pattern of Samoyeds, one layer after the other."""
 
-from gangline.compress.sparsify.layers import sparsify_layers
+from gangline.compress.sparsify.layers import sparsify_layers, walk_texts
 from gangline.compress.sparsify.report import ExpertReport, LayerReport, MatrixReport
 from gangline.compress.sparsify.settings import METHODS, Method, SparsifySettings
 from gangline.compress.sparsify.walk import LayerWalk
@@ -17,4 +17,5 @@ __all__ = [
     "PackedWriter",
     "SparsifySettings",
     "sparsify_layers",
+    "walk_texts",
 ]

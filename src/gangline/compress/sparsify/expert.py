@@ -15,6 +15,8 @@ from gangline.compress.sparsify.permute import best_order
 from gangline.compress.sparsify.prune import prune, saliency
 from gangline.compress.sparsify.report import Calibration, ExpertReport, MatrixReport
 from gangline.compress.sparsify.settings import SparsifySettings
+from gangline.compress.sparsify.walk import Routing
+from gangline.formats.samoyeds import SparseCodec
 from gangline.kernels.reference import ExpertMath
 
 
@@ -48,6 +50,30 @@ class PrunedMatrix:
     weight_OI: Tensor
 
 
+class PackedExpert:
+    """One pruned expert as its bytes, which are few; decoded when needed."""
+
+    def __init__(self, matrices: Sequence[PrunedMatrix], codec: SparseCodec) -> None:
+        self._codec = codec
+        self._raws = [matrix.raw for matrix in matrices]
+        self._shapes = [(matrix.weight_OI.shape[0], matrix.weight_OI.shape[1]) for matrix in matrices]
+
+    def weights(self) -> list[Tensor]:
+        """What the bytes stand for, ``(out, in)`` in fp32, down last."""
+        decode = self._codec.decode
+        return [
+            decode(raw, shape, torch.float32) for raw, shape in zip(self._raws, self._shapes, strict=True)
+        ]
+
+    def matrices(self) -> list[PrunedMatrix]:
+        """The same with the bytes."""
+        return [PrunedMatrix(raw, weight) for raw, weight in zip(self._raws, self.weights(), strict=True)]
+
+    def replace(self, number: int, weight_OI: Tensor) -> None:
+        """Put other weights (under the same mask) in the place of a matrix."""
+        self._raws[number] = self._codec.encode(weight_OI)
+
+
 class ExpertForm:
     """The arithmetic of the experts of a layer, on matrices ``(out, in)`` in fp32."""
 
@@ -78,6 +104,20 @@ class ExpertForm:
         if self._math.down_bias_ED is not None:
             y_ND = y_ND + self._math.down_bias_ED[expert].to(y_ND.dtype)
         return y_ND if self._math.post_norm is None else self._math.post_norm(y_ND)
+
+    @property
+    def linear_output(self) -> bool:
+        """Whether the output is linear in the down projection."""
+        return self._math.post_norm is None
+
+    def add_output(self, out_TD: Tensor, routing: Routing, weights: Sequence[Tensor], expert: int) -> None:
+        """Add to ``out_TD`` what an expert puts out for the tokens routed to it, weighted."""
+        token_N, slot_N = (routing.ids_TK == expert).nonzero(as_tuple=True)
+        if len(token_N) == 0:
+            return
+        h_NF = self.intermediate(weights[:-1], routing.x_TD[token_N], expert)
+        y_ND = self.output(weights[-1], h_NF, expert)
+        out_TD.index_add_(0, token_N, y_ND * routing.weights_TK[token_N, slot_N, None])
 
 
 def sparsify_expert(

@@ -51,11 +51,15 @@ class LayerReport:
         layer: its number among the MoE layers.
         name: path of its experts module.
         experts: in ascending id.
+        reconstructed: mean square, over that of what the layer should put out, of what it lacks, on the
+            calibration tokens, before and after its down projections were fitted to it; None if not asked
+            for.
     """
 
     layer: int
     name: str
     experts: tuple[ExpertReport, ...]
+    reconstructed: tuple[float, float] | None = None
 
     @property
     def kept(self) -> float:

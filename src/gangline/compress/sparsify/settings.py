@@ -26,6 +26,10 @@ class SparsifySettings:
             instead, and the report says so.
         damping: share of the mean of the diagonal that is added to a second-moment matrix.
         permute: put the intermediate channels of an expert in an order that keeps more.
+        reconstruct: how often to go through the experts of a layer and fit their down projections to what
+            the layer puts out in the model before pruning (``reconstruct.py``); 0 for not at all.
+        distill_tokens: on so many tokens the pruned experts learn from the model before pruning
+            (``distill.py``); 0 for not at all.
     """
 
     pattern: str = "2:4"
@@ -34,12 +38,16 @@ class SparsifySettings:
     min_tokens: int = 128
     damping: float = 0.01
     permute: bool = False
+    reconstruct: int = 0
+    distill_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UsageError(f"unknown method {self.method!r}; choose {', '.join(METHODS)}")
         if self.min_tokens < 1 or not 0 < self.damping < 10:
             raise UsageError("min_tokens must be at least 1, and damping above 0 and below 10")
+        if self.reconstruct < 0 or self.distill_tokens < 0:
+            raise UsageError("reconstruct and distill_tokens must be 0 or more")
         _ = self.codec
 
     @property

@@ -6,8 +6,9 @@ with beside the hidden states (positions, masks) is recorded by letting the mode
 Shapes: B texts at a time (1), C tokens of a text, D hidden, T = all tokens, K experts of a token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,15 @@ class Routing:
     x_TD: Tensor
     ids_TK: Tensor
     weights_TK: Tensor
+
+    def halves(self) -> tuple["Routing", "Routing"]:
+        """The first and the second half of the texts."""
+        half = len(self.x_TD) // 2
+        first, last = slice(half), slice(half, None)
+        return (
+            Routing(self.x_TD[first], self.ids_TK[first], self.weights_TK[first]),
+            Routing(self.x_TD[last], self.ids_TK[last], self.weights_TK[last]),
+        )
 
 
 class LayerWalk:
@@ -72,11 +82,20 @@ class LayerWalk:
                 continue
             tap = self._taps[block.layer]
             tap.listen()
-            self._run(number, layer)
-            step = Step(tap.heard())
+            silent = self._run(number, layer)
+            step = Step(tap.heard(), silent, partial(self._adds, number, layer, tap, silent[-1]))
             yield block, step
             tap.play(step.outputs())
             self.hidden = self._run(number, layer)
+
+    def _adds(self, number: int, layer: nn.Module, tap: "_Tap", silent_1CD: Tensor, out_TD: Tensor) -> bool:
+        out_CD = out_TD[-silent_1CD.shape[-2] :]
+        tap.play(out_CD)
+        call = self._calls[-1][number]
+        with torch.inference_mode():
+            after_1CD = _first(layer(self.hidden[-1], *call.args, **call.kwargs))
+        difference_CD = (after_1CD - silent_1CD).view(out_CD.shape) - out_CD
+        return float(difference_CD.norm()) <= 0.01 * float(out_CD.norm())
 
     def _run(self, number: int, layer: nn.Module) -> list[Tensor]:
         with torch.inference_mode():
@@ -91,11 +110,23 @@ class LayerWalk:
 
 
 class Step:
-    """One MoE layer of a walk."""
+    """One MoE layer of a walk.
 
-    def __init__(self, routing: Routing) -> None:
+    Attributes:
+        routing: what reaches its experts.
+        adds: called with outputs of the experts, tells (tried on the last text) whether the layer does
+            nothing with them but add them to its hidden states.
+    """
+
+    def __init__(self, routing: Routing, silent: Sequence[Tensor], adds: Callable[[Tensor], bool]) -> None:
         self.routing = routing
+        self.adds = adds
+        self._silent = silent
         self._out_TD: Tensor | None = None
+
+    def silent_TD(self) -> Tensor:
+        """The layer's hidden states if its experts put out nothing, fp32."""
+        return torch.cat([hidden.flatten(0, -2) for hidden in self._silent]).to(torch.float32)
 
     def give(self, out_TD: Tensor) -> None:
         """Set what the experts put out, summed over a token's experts, for all tokens."""
