@@ -79,6 +79,14 @@ __device__ inline float half_to_float(u16 bits) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(bits));
   return out;
 }
+// Four numbers at an address that is a multiple of 16.
+__device__ inline void load4(float (&out)[4], const float* from) {
+  const float4 found = *reinterpret_cast<const float4*>(from);
+  out[0] = found.x;
+  out[1] = found.y;
+  out[2] = found.z;
+  out[3] = found.w;
+}
 // Without contraction to a fused multiply-add: the roundings are those of the reference.
 __device__ inline float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ inline float add(float a, float b) { return __fadd_rn(a, b); }

@@ -11,8 +11,13 @@
 // sum is added, under a predicate, to the accumulator that `sub` names. The unit is the inner loop and tokens the
 // outer one: only eight tokens' sums are pending at a time, and a warp has registers for 32 rows times 64 tokens.
 //
-// Compiled with GANGLINE_VALUES, _SETS, _GATED, _ACTIVATION, _WM, _WN, _NT, _BK, _UNIT and _STAGES; grid (blocks of rows, tiles of
-// tokens), 32 WM WN threads, STAGES * STAGE_BYTES + 4 BN bytes of shared memory.
+// Where few rows and tokens leave multiprocessors idle, the columns are split: `splits` neighbouring blocks make the
+// same rows and tokens, each from its own stages, and store sums in fp32 as [splits][1 or 2 if gated][pairs][out_rows];
+// gate.cu or combine.cu adds them in their order.
+//
+// Compiled with GANGLINE_VALUES, _SETS, _GATED, _SPLIT (of a gated kernel), _ACTIVATION, _WM, _WN, _NT, _BK, _UNIT and
+// _STAGES; grid (blocks of rows * splits, tiles of tokens), 32 WM WN threads, STAGES * STAGE_BYTES + 4 BN bytes of
+// shared memory.
 //
 // Source: Samoyeds, arXiv 2503.10725. Ours differs: fp32 accumulation (not fp16); units that start at zero instead of
 // copies of accumulators; all experts in one launch; positions of two instructions in one word; rows and columns that
@@ -117,18 +122,18 @@ __device__ inline void compute_stage(Sums<S>& sums, const u8* stage, const Lane&
   if constexpr (U + 1 < S::UNITS) compute_stage<S, U + 1>(sums, stage, lane, scale);
 }
 
+// The stages of one split are first ... last - 1.
 template <class S>
-__device__ inline void multiply(Sums<S>& sums, const Work<S>& work, const Lane& lane, u8* stages) {
-  const i32 count = (work.extent.columns + S::BK - 1) / S::BK;
-  for (i32 s = 0; s < S::STAGES - 1; ++s) load_stage<S>(work, stages + s * S::STAGE_BYTES, s * S::BK);
+__device__ inline void multiply(Sums<S>& sums, const Work<S>& work, const Lane& lane, u8* stages, i32 first, i32 last) {
+  for (i32 s = 0; s < S::STAGES - 1; ++s) load_stage<S>(work, stages + s * S::STAGE_BYTES, first + s, last);
   i32 now = 0, next = S::STAGES - 1;
-  for (i32 s = 0; s < count; ++s) {
+  for (i32 s = first; s < last; ++s) {
     float scale[S::UNITS][2][2] = {};
     if (S::Values::CODES) load_scales<S>(scale, work, lane, s * S::BK);
     ptx::wait<S::STAGES - 2>();
     // Everyone's copies of this stage are here, and everyone is done with the stage before, which is filled next.
     ptx::sync_block();
-    load_stage<S>(work, stages + next * S::STAGE_BYTES, (s + S::STAGES - 1) * S::BK);
+    load_stage<S>(work, stages + next * S::STAGE_BYTES, s + S::STAGES - 1, last);
     compute_stage<S>(sums, stages + now * S::STAGE_BYTES, lane, scale);
     now = now + 1 == S::STAGES ? 0 : now + 1;
     next = next + 1 == S::STAGES ? 0 : next + 1;
@@ -165,20 +170,41 @@ __device__ inline void store_plain(const Sums<S>& sums, const Work<S>& work, con
   }
 }
 
+// Gate and up apart, `matrix` numbers from each other, for gate.cu.
 template <class S>
-__device__ inline void store(const Sums<S>& sums, const Work<S>& work, const Lane& lane, void* out, i32 first_pair,
-                             i32 pairs, const gate::Form& form) {
+__device__ inline void store_both(const Sums<S>& sums, const Work<S>& work, const Lane& lane, float* y, u64 matrix,
+                                  i32 n, i32 c) {
+  const i32 feature = S::SETS * ((work.first_tile + lane.wm) * TILE + lane.row + (c >> 1) * 8);
+  if (feature >= work.extent.out_rows) return;
+  for (i32 tile = 0; tile < 2; ++tile) {
+    y[tile * matrix + feature] = sums.at[0][tile][n][c];
+    if (S::SETS == 2) y[tile * matrix + feature + 1] = sums.at[S::SETS - 1][tile][n][c];
+  }
+}
+
+// Where the sums of a block go.
+struct Target {
+  void* out;
+  i32 first_pair, pairs;  // of the block's expert, from its first token slot
+  u64 part, matrix;       // numbers before this split's part, and of one matrix of it
+};
+
+template <class S, bool SPLIT>
+__device__ inline void store(const Sums<S>& sums, const Work<S>& work, const Lane& lane, const Target& target,
+                             const gate::Form& form) {
 #pragma unroll
   for (i32 n = 0; n < S::NT; ++n) {
 #pragma unroll
     for (i32 c = 0; c < 4; ++c) {
       const i32 slot = (lane.wn * S::NT + n) * 8 + lane.column + (c & 1);
-      if (slot >= pairs) continue;
-      const u64 at = static_cast<u64>(first_pair + slot) * work.extent.out_rows;
-      if (S::GATED) {
-        store_gated<S>(sums, work, lane, static_cast<u16*>(out) + at, n, c, form);
+      if (slot >= target.pairs) continue;
+      const u64 at = static_cast<u64>(target.first_pair + slot) * work.extent.out_rows + target.part;
+      if (S::GATED && SPLIT) {
+        store_both<S>(sums, work, lane, static_cast<float*>(target.out) + at, target.matrix, n, c);
+      } else if (S::GATED) {
+        store_gated<S>(sums, work, lane, static_cast<u16*>(target.out) + at, n, c, form);
       } else {
-        store_plain<S>(sums, work, lane, static_cast<float*>(out) + at, n, c);
+        store_plain<S>(sums, work, lane, static_cast<float*>(target.out) + at, n, c);
       }
     }
   }
@@ -204,10 +230,10 @@ using KernelShape = ssmm::Shape<values::GANGLINE_VALUES, GANGLINE_SETS, GANGLINE
                                 GANGLINE_NT, GANGLINE_BK, GANGLINE_UNIT, GANGLINE_STAGES>;
 
 // parts: [experts][2], the second unused unless gated. starts, tiles: [experts + 1], first pair and first tile of tokens
-// of every expert. rows: row of x for every pair, or null where pair p is row p.
+// of every expert. rows: row of x for every pair, or null where pair p is row p. all_pairs: rows of out.
 extern "C" __global__ void __launch_bounds__(KernelShape::THREADS)
     gangline_ssmm(const ssmm::Part* parts, const i32* starts, const i32* tiles, const i32* rows, const u16* x,
-                  void* out, i32 experts, i32 columns, i32 x_columns, i32 sub_pitch, i32 row_tiles, i32 out_rows, i32 v,
+                  void* out, i32 experts, i32 splits, i32 all_pairs, i32 columns, i32 x_columns, i32 sub_pitch, i32 row_tiles, i32 out_rows, i32 v,
                   i32 group, i32 groups, float alpha, float limit, i32 late) {
   using S = KernelShape;
   GANGLINE_SHARED(memory);
@@ -224,11 +250,14 @@ extern "C" __global__ void __launch_bounds__(KernelShape::THREADS)
 
   const ssmm::Extent extent{columns, x_columns, sub_pitch, row_tiles, out_rows, v, group, groups};
   const ssmm::Work<S> work{parts[2 * expert], parts[2 * expert + 1], extent, slots, x,
-                           ptx::block_x() * (S::GATED ? S::WM : S::TILES)};
+                           ptx::block_x() / splits * (S::GATED ? S::WM : S::TILES)};
   const i32 lane = ptx::thread() % 32, warp = ptx::thread() / 32;
   const ssmm::Lane of_fragment{lane, lane / 4, lane % 4 * 2, warp / S::WN, warp % S::WN};
 
   ssmm::Sums<S> sums = {};
-  ssmm::multiply<S>(sums, work, of_fragment, memory);
-  ssmm::store<S>(sums, work, of_fragment, out, first_pair, pairs, gate::Form{alpha, limit, late});
+  const i32 stages = (columns + S::BK - 1) / S::BK, split = ptx::block_x() % splits;
+  ssmm::multiply<S>(sums, work, of_fragment, memory, stages * split / splits, stages * (split + 1) / splits);
+  const u64 matrix = static_cast<u64>(all_pairs) * out_rows;
+  const ssmm::Target target{out, first_pair, pairs, split * (S::GATED ? 2 * matrix : matrix), matrix};
+  ssmm::store<S, GANGLINE_SPLIT>(sums, work, of_fragment, target, gate::Form{alpha, limit, late});
 }

@@ -128,10 +128,11 @@ __device__ inline void load_sub(const Work<S>& work, u8* stage, i32 column) {
   }
 }
 
-// Starts the copies of one stage; exactly one group, empty past the last column.
+// Starts the copies of stage `number`; exactly one group, empty from stage `last` on.
 template <class S>
-__device__ inline void load_stage(const Work<S>& work, u8* stage, i32 column) {
-  if (column < work.extent.columns) {
+__device__ inline void load_stage(const Work<S>& work, u8* stage, i32 number, i32 last) {
+  if (number < last) {
+    const i32 column = number * S::BK;
     load_values<S>(work, stage, column);
     load_x<S>(work, stage, column);
     load_positions<S>(work, stage, column);

@@ -79,12 +79,14 @@ class EmulatedLauncher:
         late: whether asynchronous copies arrive as late as the waits allow, or at once.
         readable: tensors that copies may read, besides the arguments.
         arch: decides the sizes of stages, as on a GPU.
+        multiprocessors: decide into how many parts columns are split.
     """
 
     seed: int = 0
     late: bool = True
     readable: list[Tensor] = field(default_factory=list)
     arch: str = "sm_90a"
+    multiprocessors: int = 1
     started: list[Launch] = field(default_factory=list)
 
     def __call__(self, launch: Launch, arguments: Sequence[Argument]) -> None:

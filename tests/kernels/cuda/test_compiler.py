@@ -13,15 +13,16 @@ from gangline.kernels.cuda.launcher import CudaLauncher
 from gangline.kernels.cuda.tiles import DECODE_8, DECODE_16, MANY, SOME, Tile, defines, stage_of
 
 COMBINE = KernelBuild("combine.cu", "gangline_combine")
+GATE = KernelBuild("gate.cu", "gangline_gate", (("GANGLINE_ACTIVATION", "0"),))
 ELF = b"\x7fELF"
 
 needs_nvrtc = pytest.mark.skipif(compiler_missing() is not None, reason=str(compiler_missing()))
 
 
-def ssmm(codec_name: str, tile: Tile, arch: str, *, gated: bool) -> KernelBuild:
+def ssmm(codec_name: str, tile: Tile, arch: str, *, gated: bool, split: bool = False) -> KernelBuild:
     codec = sparse_codec(codec_name)
     assert isinstance(codec, SamoyedsCodec)
-    macros = defines(codec, tile, stage_of(codec, tile, arch), gated=gated, activation=0)
+    macros = defines(codec, tile, stage_of(codec, tile, arch), gated=gated, activation=0, split=split)
     return KernelBuild("ssmm.cu", "gangline_ssmm", macros)
 
 
@@ -40,6 +41,14 @@ def ssmm(codec_name: str, tile: Tile, arch: str, *, gated: bool) -> KernelBuild:
 )
 def test_products_compile(codec: str, tile: Tile, gated: bool, arch: str) -> None:
     assert compile_cubin(ssmm(codec, tile, arch, gated=gated), arch).startswith(ELF)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_split_products_compile(arch: str) -> None:
+    build = ssmm("samoyeds:1:2:128/bf16", DECODE_8, arch, gated=True, split=True)
+    assert compile_cubin(build, arch).startswith(ELF)
+    assert compile_cubin(GATE, arch).startswith(ELF)
 
 
 @needs_nvrtc

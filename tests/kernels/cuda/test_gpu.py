@@ -14,7 +14,7 @@ from gangline.kernels.cuda.launcher import CudaLauncher, cuda_missing
 from gangline.kernels.cuda.samoyeds import SamoyedsKernel
 from gangline.kernels.cuda.samoyeds_matrices import PartShape, address_table
 from gangline.kernels.cuda.samoyeds_product import SparseProduct
-from gangline.kernels.cuda.tiles import TILES, Tile
+from gangline.kernels.cuda.tiles import TILES, Tile, choose_tile
 from gangline.kernels.reference import ExpertMath
 from kernels.cuda.sparse_rig import SparseExperts, decoded, encoded, field
 from kernels.expert_rig import relative_error, swiglu
@@ -100,6 +100,22 @@ def test_long_rows(tile: Tile, launcher: CudaLauncher, seed: int) -> None:
     raw, x = encoded(codec, shape), torch.randn(130, shape[1]).to(torch.bfloat16)
     got = product(launcher, codec, [raw], shape, x, None, [0, 130], tile)
     assert relative_error(got, x.double() @ decoded(codec, raw, shape).double().t()) < 1e-4
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16])
+@pytest.mark.parametrize("codec", LAYERS)
+def test_split_layers(codec: str, tokens: int, launcher: CudaLauncher, seed: int) -> None:
+    """Long rows and few of them: all columns in parts, and two runs give the same bits."""
+    experts = SparseExperts.random(codec, 2048, 1024, 3)
+    kernel = SamoyedsKernel(experts.layout, ExpertMath(swiglu), launcher)
+    table = kernel.table([kernel.bind(raws) for raws in experts.on(launcher.device)])
+    x_TD = torch.randn(tokens, 2048).to(torch.bfloat16)
+    ids_TK, weights_TK = torch.rand(tokens, 3).argsort(dim=-1)[:, :2], torch.rand(tokens, 2)
+    there = [part.to(launcher.device) for part in (x_TD, ids_TK, weights_TK)]
+    assert kernel.down.splits(2 * tokens, 3, choose_tile(tokens, 2 * tokens, 3)) > 1
+    got_TD = kernel.forward(*there, table)
+    assert relative_error(got_TD.cpu(), experts.layer(x_TD, ids_TK, weights_TK)) < 4e-3
+    assert torch.equal(kernel.forward(*there, table), got_TD)
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 16, 100, 700])

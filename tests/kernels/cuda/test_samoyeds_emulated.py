@@ -14,7 +14,7 @@ from gangline.kernels.cpu.gates import GateForm, formula
 from gangline.kernels.cuda.samoyeds import SamoyedsKernel
 from gangline.kernels.cuda.samoyeds_matrices import PartShape, address_table
 from gangline.kernels.cuda.samoyeds_product import SparseProduct
-from gangline.kernels.cuda.tiles import DECODE_8, DECODE_16, MANY, SOME, Tile
+from gangline.kernels.cuda.tiles import DECODE_8, DECODE_16, MANY, SOME, Tile, choose_splits
 from gangline.kernels.reference import ExpertMath
 from kernels.cuda.emulated_rig import EmulatedLauncher
 from kernels.cuda.sparse_rig import SparseExperts, decoded, encoded, field
@@ -33,16 +33,18 @@ def plain(
     starts: Sequence[int],
     tile: Tile,
     launcher: EmulatedLauncher,
+    splits: int = 1,
 ) -> Tensor:
-    """Products of experts with their rows; rows that belong to nobody keep the canary."""
+    """Products of experts with their rows; rows that belong to nobody keep the canary in every part."""
     part = PartShape.of(field("down", shape, codec))
     launcher.readable = [*raws, x_TD]
     pairs = len(x_TD) if rows_P is None else len(rows_P)
-    out_PO = torch.full((pairs, shape[0]), CANARY)
+    out_SPO = torch.full((splits, pairs, shape[0]), CANARY)
     table = address_table([[part.addresses(raw, shape[0])] for raw in raws], CPU)
     starts_E1 = torch.tensor(list(starts), dtype=torch.int32)
-    SparseProduct(part, launcher)(table, starts_E1, rows_P, x_TD, out_PO, tile)
-    return out_PO
+    SparseProduct(part, launcher)(table, starts_E1, rows_P, x_TD, out_SPO, tile)
+    assert torch.equal(out_SPO[:, starts[-1] :], torch.full_like(out_SPO[:, starts[-1] :], CANARY))
+    return torch.cat([out_SPO[:, : starts[-1]].sum(0), out_SPO[0, starts[-1] :]])
 
 
 def forced_sub(codec: str, raw: Tensor, shape: tuple[int, int], kind: str) -> Tensor:
@@ -86,6 +88,44 @@ def test_whole_numbers_are_exact_at_every_tile(tile: Tile, late: bool, seed: int
     rows = torch.randint(0, 19, (tile.tokens + 5,), dtype=torch.int32)
     got = plain(codec, [raw], shape, x, rows, [0, len(rows)], tile, EmulatedLauncher(seed, late))
     assert torch.equal(got, x[rows].float() @ decoded(codec, raw, shape).t())
+
+
+@pytest.mark.parametrize("splits", [2, 3, 5])
+@pytest.mark.parametrize("codec", ["samoyeds:1:2:64/bf16", "samoyeds:1:1:32/bf16"])
+def test_parts_of_the_columns_add_up(codec: str, splits: int, seed: int) -> None:
+    """Also where the stages do not divide evenly: every column is in exactly one part."""
+    shape = (72, 712)
+    raw = encoded(codec, shape, whole=True)
+    x = torch.randint(-4, 5, (9, shape[1])).to(torch.bfloat16)
+    launcher = EmulatedLauncher(seed, bool(seed & 1))
+    got = plain(codec, [raw], shape, x, None, [0, 9], DECODE_8, launcher, splits)
+    assert torch.equal(got, x.float() @ decoded(codec, raw, shape).t())
+
+
+@pytest.mark.parametrize("codec", ["samoyeds:1:1:32/bf16", "samoyeds:1:2:64/int4g32"])
+def test_split_layers(codec: str, seed: int) -> None:
+    """A GPU with many multiprocessors: all columns in parts, summed in their order, twice the same bits."""
+    experts = SparseExperts.random(codec, 2048, 1024, 2)
+    launcher = EmulatedLauncher(seed, multiprocessors=200)
+    kernel = SamoyedsKernel(experts.layout, ExpertMath(swiglu), launcher)
+    x_TD = torch.randn(2, 2048).to(torch.bfloat16)
+    launcher.readable = [x_TD, *itertools.chain.from_iterable(experts.raws)]
+    ids_TK, weights_TK = torch.tensor([[1, 2], [0, 1]]), torch.rand(2, 2)
+    table = kernel.table([kernel.bind(raws) for raws in experts.raws])
+    got_TD = kernel.forward(x_TD, ids_TK, weights_TK, table)
+    assert relative_error(got_TD, experts.layer(x_TD, ids_TK, weights_TK)) < 4e-3
+    names = [launch.build.name for launch in launcher.started]
+    assert names == ["gangline_ssmm", "gangline_gate", "gangline_ssmm", "gangline_combine"]
+    assert kernel.down.splits(4, 2, DECODE_8) > 1
+    assert torch.equal(kernel.forward(x_TD, ids_TK, weights_TK, table), got_TD)
+
+
+def test_only_idle_multiprocessors_split_columns() -> None:
+    assert choose_splits(DECODE_8, 64, 112, 132) == 5
+    assert choose_splits(DECODE_8, 448, 112, 132) == 1
+    assert choose_splits(DECODE_16, 1, 16, 132) == 8
+    assert choose_splits(DECODE_8, 1, 3, 132) == 1
+    assert choose_splits(MANY, 1, 112, 132) == 1
 
 
 @pytest.mark.parametrize("counts", [(0, 1, 7, 8), (9, 0, 0, 17), (0, 0, 0, 0), (0, 16, 0, 0)])

@@ -40,6 +40,11 @@ class Launcher(Protocol):
         """Architecture that kernels are compiled for, for example ``sm_90a``."""
         ...
 
+    @property
+    def multiprocessors(self) -> int:
+        """How many blocks run at once at least."""
+        ...
+
     def __call__(self, launch: Launch, arguments: Sequence[Argument]) -> None:
         """Start a kernel; the work is ordered after what the stream already holds."""
         ...
@@ -74,12 +79,18 @@ class CudaLauncher:
             name = torch.cuda.get_device_name(self.device)
             raise CudaKernelError(f"{name} has no sparse tensor cores; compute capability 8.0 is needed")
         # Instructions of sm_90a exist on exactly that GPU.
+        self._multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
         self._arch = "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
 
     @property
     def arch(self) -> str:
         """See ``Launcher.arch``."""
         return self._arch
+
+    @property
+    def multiprocessors(self) -> int:
+        """See ``Launcher.multiprocessors``."""
+        return int(self._multiprocessors)
 
     def __call__(self, launch: Launch, arguments: Sequence[Argument]) -> None:
         """See ``Launcher``; CudaKernelError if the kernel does not compile or does not fit the GPU."""

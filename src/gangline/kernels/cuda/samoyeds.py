@@ -24,12 +24,11 @@ from gangline.kernels.cuda.compiler import KernelBuild
 from gangline.kernels.cuda.launcher import Launch, Launcher
 from gangline.kernels.cuda.routing import DeviceRouting, route_on_device
 from gangline.kernels.cuda.samoyeds_matrices import Addresses, PartShape, address_table, cannot_split
-from gangline.kernels.cuda.samoyeds_product import SparseProduct
+from gangline.kernels.cuda.samoyeds_product import SUM_THREADS, SparseProduct
 from gangline.kernels.cuda.tiles import Tile, choose_tile, unsupported_codec
 from gangline.kernels.reference import ExpertMath
 
 _COMBINE = KernelBuild("combine.cu", "gangline_combine")
-_COMBINE_THREADS = 128
 
 
 @dataclass(eq=False, frozen=True)
@@ -133,8 +132,9 @@ class SamoyedsKernel:
         """
         routing = route_on_device(ids_TK, weights_TK, len(table.weights))
         tile = choose_tile(len(x_TD), routing.token_P.numel(), len(table.weights))
-        y_PD = self._experts(x_TD, routing.token_P, routing.starts, table, tile)
-        return self._combine(y_PD, routing)
+        splits = self.down.splits(routing.token_P.numel(), len(table.weights), tile)
+        y_SPD = self._experts(x_TD, routing.token_P, routing.starts, table, tile, splits)
+        return self._combine(y_SPD, routing)
 
     def pairs(
         self,
@@ -150,31 +150,33 @@ class SamoyedsKernel:
         most = max((b - a for a, b in pairwise(starts)), default=0)
         tile = choose_tile(most, len(token_P), max(1, len(experts)))
         y_PD = self._experts(
-            x_TD.to(torch.bfloat16), token_P.to(torch.int32), starts_E1, self.table(weights), tile
-        )
+            x_TD.to(torch.bfloat16), token_P.to(torch.int32), starts_E1, self.table(weights), tile, 1
+        )[0]
         return y_PD if out_PD is None else out_PD.copy_(y_PD)
 
     def _experts(
-        self, x_TD: Tensor, token_P: Tensor, starts_E1: Tensor, table: ExpertTable, tile: Tile
+        self, x_TD: Tensor, token_P: Tensor, starts_E1: Tensor, table: ExpertTable, tile: Tile, splits: int
     ) -> Tensor:
+        """``[S, P, D]``: parts of the outputs of every pair, not yet weighted."""
         if x_TD.dtype != torch.bfloat16:
             raise FormatError(f"the GPU kernel takes bf16 activations, not {x_TD.dtype}; convert them first")
         h_PF = x_TD.new_empty(len(token_P), self.first.shape.out_rows)
-        y_PD = x_TD.new_empty(len(token_P), self.down.shape.out_rows, dtype=torch.float32)
+        y_SPD = x_TD.new_empty(splits, len(token_P), self.down.shape.out_rows, dtype=torch.float32)
         if len(token_P):
             self.first(table.first_E24, starts_E1, token_P.contiguous(), x_TD.contiguous(), h_PF, tile)
-            self.down(table.down_E24, starts_E1, None, h_PF, y_PD, tile)
-        return y_PD
+            self.down(table.down_E24, starts_E1, None, h_PF, y_SPD, tile)
+        return y_SPD
 
-    def _combine(self, y_PD: Tensor, routing: DeviceRouting) -> Tensor:
+    def _combine(self, y_SPD: Tensor, routing: DeviceRouting) -> Tensor:
         tokens, slots = routing.pair_TK.shape
-        out_TD = y_PD.new_empty(tokens, y_PD.shape[1], dtype=torch.bfloat16)
+        splits, pairs, columns = y_SPD.shape
+        out_TD = y_SPD.new_empty(tokens, columns, dtype=torch.bfloat16)
         if tokens:
-            blocks = -(-y_PD.shape[1] // (4 * _COMBINE_THREADS))
+            blocks = -(-columns // (4 * SUM_THREADS))
             pair_TK, weight_TK = routing.pair_TK.contiguous(), routing.weight_TK.contiguous()
             self._launcher(
-                Launch(_COMBINE, (tokens, blocks), _COMBINE_THREADS),
-                (y_PD, pair_TK, weight_TK, routing.starts[-1:], out_TD, slots, y_PD.shape[1], 1),
+                Launch(_COMBINE, (tokens, blocks), SUM_THREADS),
+                (y_SPD, pair_TK, weight_TK, routing.starts[-1:], out_TD, slots, columns, splits, pairs, 1),
             )
         return out_TD
 

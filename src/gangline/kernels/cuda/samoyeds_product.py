@@ -1,10 +1,11 @@
-"""One launch of the SSMM kernel: products of all experts' matrices with the rows of x that are theirs.
+"""One product of all experts' matrices with the rows of x that are theirs, on sparse tensor cores.
 
-Shape suffixes: P pairs sorted by expert, E experts, 2 parts, 4 addresses.
+Shape suffixes: P pairs sorted by expert, E experts, 2 parts, 4 addresses, S parts of the columns.
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from gangline.core.errors import FormatError
@@ -13,10 +14,11 @@ from gangline.kernels.cuda.compiler import KernelBuild
 from gangline.kernels.cuda.launcher import Launch, Launcher
 from gangline.kernels.cuda.routing import most_tiles, token_tiles
 from gangline.kernels.cuda.samoyeds_matrices import ALIGN, PartShape
-from gangline.kernels.cuda.tiles import MANY, SOME, Stage, Tile, defines, stage_of
+from gangline.kernels.cuda.tiles import MANY, SOME, Stage, Tile, choose_splits, defines, stage_of
 
 _MOST_TILES = 65535  # blocks of a grid in its second direction
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity", "swiglu_oai")
+SUM_THREADS = 128
 
 
 @dataclass(frozen=True)
@@ -36,42 +38,90 @@ class SparseProduct:
     def __call__(
         self, parts_E24: Tensor, starts: Tensor, rows_P: Tensor | None, x: Tensor, out: Tensor, tile: Tile
     ) -> None:
-        """Fill ``out``, ``[P, out_rows]``: bf16 where gated, fp32 where plain. Rows past ``starts[E]`` stay.
+        """Fill ``out``. Rows past ``starts[E]`` stay.
 
         Args:
             parts_E24: addresses of every expert's parts.
             starts: int32 ``[E + 1]``, first pair of every expert.
             rows_P: int32 row of ``x`` of every pair, or None where pair p is row p.
             x: bf16 rows, contiguous.
-            out: where to write, contiguous.
+            out: where to write, contiguous: ``[P, out_rows]``, bf16 where gated, fp32 where plain; a plain
+                product may be split, ``[S, P, out_rows]``: the sum over S is the product (see ``splits``).
             tile: what a block makes; a smaller one is taken where the GPU cannot hold it.
 
         Raises:
             FormatError: more pairs than one launch can have.
         """
-        tile, stage = self._sizes(tile)
-        experts = len(parts_E24)
-        if most_tiles(len(out), experts, tile.tokens) > _MOST_TILES:
-            raise FormatError(f"{len(out)} pairs are too many for one launch; feed fewer tokens at once")
+        if most_tiles(out.shape[-2], len(parts_E24), tile.tokens) > _MOST_TILES:
+            raise FormatError(f"{out.shape[-2]} pairs are too many for one launch; feed fewer tokens at once")
         # Rows are copied 16 bytes at a time; a view into another tensor may start between.
         x = x if x.data_ptr() % ALIGN == 0 else x.clone()
-        row_blocks = -(-self.shape.row_tiles // (tile.wm if self.gate else 2 * tile.wm))
-        grid = (row_blocks, most_tiles(len(out), experts, tile.tokens))
-        gate = self.gate or GateForm("identity")
-        formula = (float(gate.alpha), float(gate.limit), int(gate.name.endswith(":late")))
-        tensors = (parts_E24, starts, token_tiles(starts, tile.tokens), rows_P, x, out)
-        self.launcher(
-            Launch(self.build(tile), grid, tile.threads, stage.shared_bytes(tile)),
-            (*tensors, experts, *self.shape.arguments(), *formula),
-        )
+        if self.gate is None:
+            splits = out.shape[0] if out.dim() == 3 else 1
+            self._launch(parts_E24, starts, rows_P, x, out, tile, splits)
+            return
+        splits = self.splits(len(out), len(parts_E24), tile)
+        if splits == 1:
+            self._launch(parts_E24, starts, rows_P, x, out, tile, 1)
+            return
+        parts_S2PF = x.new_empty(splits, 2, *out.shape, dtype=torch.float32)
+        self._launch(parts_E24, starts, rows_P, x, parts_S2PF, tile, splits)
+        self._apply_gate(parts_S2PF, starts, out)
 
-    def build(self, tile: Tile) -> KernelBuild:
+    def splits(self, pairs: int, experts: int, tile: Tile) -> int:
+        """Into how many parts the columns should go; fixed by the sizes and the GPU, not by the routing."""
+        tile, stage = self._sizes(tile)
+        blocks = self._row_blocks(tile) * most_tiles(pairs, experts, tile.tokens)
+        stages = -(-self.shape.columns // stage.columns)
+        return choose_splits(tile, blocks, stages, self.launcher.multiprocessors)
+
+    def build(self, tile: Tile, *, split: bool = False) -> KernelBuild:
         """The kernel for a tile."""
         tile, stage = self._sizes(tile)
-        activation = ACTIVATIONS.index(self.gate.name.removesuffix(":late")) if self.gate else 0
         gated = self.gate is not None
-        macros = defines(self.shape.codec, tile, stage, gated=gated, activation=activation)
+        macros = defines(
+            self.shape.codec, tile, stage, gated=gated, activation=self._activation, split=gated and split
+        )
         return KernelBuild("ssmm.cu", "gangline_ssmm", macros)
+
+    def _launch(
+        self,
+        parts_E24: Tensor,
+        starts: Tensor,
+        rows_P: Tensor | None,
+        x: Tensor,
+        out: Tensor,
+        tile: Tile,
+        splits: int,
+    ) -> None:
+        tile, stage = self._sizes(tile)
+        experts, pairs = len(parts_E24), out.shape[-2]
+        grid = (self._row_blocks(tile) * splits, most_tiles(pairs, experts, tile.tokens))
+        tensors = (parts_E24, starts, token_tiles(starts, tile.tokens), rows_P, x, out)
+        self.launcher(
+            Launch(self.build(tile, split=splits > 1), grid, tile.threads, stage.shared_bytes(tile)),
+            (*tensors, experts, splits, pairs, *self.shape.arguments(), *self._formula),
+        )
+
+    def _apply_gate(self, parts_S2PF: Tensor, starts: Tensor, out_PF: Tensor) -> None:
+        splits, _, pairs, columns = parts_S2PF.shape
+        build = KernelBuild("gate.cu", "gangline_gate", (("GANGLINE_ACTIVATION", str(self._activation)),))
+        self.launcher(
+            Launch(build, (pairs, -(-columns // (4 * SUM_THREADS))), SUM_THREADS),
+            (parts_S2PF, starts[-1:], out_PF, pairs, columns, splits, *self._formula),
+        )
+
+    @property
+    def _activation(self) -> int:
+        return ACTIVATIONS.index(self.gate.name.removesuffix(":late")) if self.gate else 0
+
+    @property
+    def _formula(self) -> tuple[float, float, int]:
+        gate = self.gate or GateForm("identity")
+        return float(gate.alpha), float(gate.limit), int(gate.name.endswith(":late"))
+
+    def _row_blocks(self, tile: Tile) -> int:
+        return -(-self.shape.row_tiles // (tile.wm if self.gate else 2 * tile.wm))
 
     def _sizes(self, tile: Tile) -> tuple[Tile, Stage]:
         arch = self.launcher.arch

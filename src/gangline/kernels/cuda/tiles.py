@@ -15,6 +15,9 @@ _PAD = 16
 _SHARED = {"sm_80": 163 * 1024, "sm_87": 163 * 1024, "sm_90": 227 * 1024, "sm_90a": 227 * 1024}
 _SHARED_ELSEWHERE = 99 * 1024
 _SHARED_OF_SMALL = 56 * 1024
+# Blocks of small tiles that a multiprocessor should have, and stages that a part of the columns has at least.
+_BLOCKS_EACH = 2
+_STAGES_OF_SPLIT = 2
 _VALUES = {16: "Bf16", 8: "Int8", 4: "Int4"}
 
 
@@ -98,6 +101,21 @@ class Stage:
         return self.shared_bytes(tile) <= _shared(arch)
 
 
+def choose_splits(tile: Tile, blocks: int, stages: int, multiprocessors: int) -> int:
+    """Into how many parts the columns of a product go, so that a few blocks keep every multiprocessor busy.
+
+    Args:
+        tile: only the small ones are split; the others have work enough.
+        blocks: of rows and tokens.
+        stages: of all columns; a part has at least some, or filling its pipeline would take longer.
+        multiprocessors: of the GPU.
+    """
+    if not tile.small:
+        return 1
+    wanted = -(-_BLOCKS_EACH * multiprocessors // max(1, blocks))
+    return max(1, min(wanted, stages // _STAGES_OF_SPLIT))
+
+
 def unsupported_codec(codec: object) -> str | None:
     """Why the kernel cannot read matrices in ``codec``, or None if it can."""
     if not isinstance(codec, SamoyedsCodec):
@@ -132,13 +150,14 @@ def stage_of(codec: SamoyedsCodec, tile: Tile, arch: str) -> Stage:
 
 
 def defines(
-    codec: SamoyedsCodec, tile: Tile, stage: Stage, *, gated: bool, activation: int
+    codec: SamoyedsCodec, tile: Tile, stage: Stage, *, gated: bool, activation: int, split: bool = False
 ) -> tuple[tuple[str, str], ...]:
     """Macros of ``ssmm.cu``."""
     numbers = {
         "VALUES": _VALUES[codec.values.width],
         "SETS": codec.pattern.m - codec.pattern.n + 1,
         "GATED": str(gated).lower(),
+        "SPLIT": str(split).lower(),
         "ACTIVATION": activation,
         "WM": tile.wm,
         "WN": tile.wn,

@@ -144,6 +144,10 @@ inline float half_to_float(u16 bits) {
                                                 : ldexpf(float((bits & 0x3FFu) | 0x400u), ((bits >> 10) & 31) - 25);
   return bits & 0x8000u ? -magnitude : magnitude;
 }
+inline void load4(float (&out)[4], const float* from) {
+  emulated::require(reinterpret_cast<u64>(from) % 16 == 0, "an unaligned global address");
+  std::memcpy(out, from, 16);
+}
 inline float multiply(float a, float b) { return a * b; }
 inline float add(float a, float b) { return a + b; }
 
