@@ -55,7 +55,8 @@ std::map<std::string, Codec> known_codecs() {
         {"ggml:Q4_K", {Format::q4_k, 32, false, 256}},
         {"tile16:mxfp4", {Format::tile_mxfp4}},
     };
-    for (const Format format : {Format::tile_int2, Format::tile_int3, Format::tile_int4, Format::tile_int8}) {
+    for (const Format format :
+         {Format::tile_int2, Format::tile_int3, Format::tile_int4, Format::tile_int6, Format::tile_int8}) {
         for (const int group : {32, 64, 128}) {
             const std::string name = "tile16:int" + std::to_string(code_bits(format)) + "g" + std::to_string(group);
             known[name] = {format, group, false};

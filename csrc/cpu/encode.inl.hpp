@@ -197,12 +197,28 @@ struct Search {
 };
 
 struct GroupScales {
-    Lanes scale, zero;
+    Lanes scale, zero, sign;
 };
 
-inline bool find_scales(const Columns& w, int bits, bool has_zeros, const ClipSteps& steps, GroupScales& out) {
+// Turns the sign of lanes whose largest magnitude is positive: a symmetric grid has one negative code more.
+inline void give_wider_side(Columns& w, Lanes& low, Lanes& high, Lanes& sign) {
+    for (int l = 0; l < lanes; ++l) {
+        const float under = -low.v[l], over = high.v[l];
+        sign.v[l] = over > under ? -1.0F : 1.0F;
+        low.v[l] = -larger(under, over);
+        high.v[l] = smaller(under, over);
+    }
+    for (int c = 0; c < w.count; ++c) {
+        for (int l = 0; l < lanes; ++l) w.at[c].v[l] *= sign.v[l];
+    }
+}
+
+// Finds scales (their signs apart) and zero points, for symmetric codes of the weights as give_wider_side() leaves them.
+inline bool find_scales(Columns& w, int bits, bool has_zeros, const ClipSteps& steps, GroupScales& out) {
     Search search{w, {}, {}, {}, {}, {}, {}};
     if (!find_range(w, search.low, search.high)) return false;
+    for (int l = 0; l < lanes; ++l) out.sign.v[l] = 1.0F;
+    if (!has_zeros) give_wider_side(w, search.low, search.high, out.sign);
     const float levels = static_cast<float>((1 << bits) - 1);
     const float limit = largest_scale * static_cast<float>(has_zeros ? (1 << bits) - 1 : (1 << (bits - 1)) - 1);
     bool held = true;
@@ -327,11 +343,16 @@ inline void store_codes(const Words& words, int columns, int bits, std::uint8_t*
         gather(words, quads, 1, 0x01010101U, 2, out);
         return;
     }
+    if (bits == 6) {
+        out = gather(words, quads, 4, 0x0F0F0F0FU, 0, out);
+        gather(words, quads, 2, 0x03030303U, 4, out);
+        return;
+    }
     gather(words, quads, bits, 0xFFFFFFFFU, 0, out);
 }
 
 // Head and codes of one group of a row block; false as in encode.hpp.
-inline bool encode_group(const EncodeJob& job, const Columns& w, int rows, std::uint8_t* scales, std::uint8_t* zeros,
+inline bool encode_group(const EncodeJob& job, Columns& w, int rows, std::uint8_t* scales, std::uint8_t* zeros,
                          Words& words) {
     const Matrix& m = job.tiles;
     if (m.format == Format::tile_mxfp4) {
@@ -345,7 +366,8 @@ inline bool encode_group(const EncodeJob& job, const Columns& w, int rows, std::
     if (!find_scales(w, bits, m.has_zeros, job.steps, found)) return false;
     find_codes(w, found, static_cast<float>((1 << bits) - 1), words);
     for (int l = 0; l < rows; ++l) {
-        const auto half = static_cast<std::uint16_t>(half_of(found.scale.v[l]));
+        const std::uint32_t sign = found.sign.v[l] < 0.0F ? 0x8000U : 0U;
+        const auto half = static_cast<std::uint16_t>(half_of(found.scale.v[l]) | sign);
         std::memcpy(scales + 2 * l, &half, 2);
         if (m.has_zeros) zeros[l] = static_cast<std::uint8_t>(found.zero.v[l]);
     }

@@ -31,6 +31,10 @@ int code_at(const std::uint8_t* codes, int group, int quad, int position) {
         const std::uint8_t* high = codes + group * tile_rows / 4;
         return code_at<Format::tile_int2>(codes, group, quad, position) |
                (high[quad / 8 * quad_bytes + position] >> quad % 8 & 1) << 2;
+    } else if constexpr (F == Format::tile_int6) {
+        const std::uint8_t* high = codes + group * tile_rows / 2;
+        return code_at<Format::tile_int4>(codes, group, quad, position) |
+               code_at<Format::tile_int2>(high, group, quad, position) << 4;
     } else {
         return codes[quad / 2 * quad_bytes + position] >> 4 * (quad % 2) & 15;
     }
@@ -132,7 +136,7 @@ constexpr Kernels table = {
     "scalar",
     {float_matmul<F32Weights>, float_matmul<F16Weights>, float_matmul<Bf16Weights>,
      matmul_tiles<Format::tile_int2>, matmul_tiles<Format::tile_int3>, matmul_tiles<Format::tile_int4>,
-     matmul_tiles<Format::tile_int8>, matmul_tiles<Format::tile_mxfp4>,
+     matmul_tiles<Format::tile_int6>, matmul_tiles<Format::tile_int8>, matmul_tiles<Format::tile_mxfp4>,
      ggml_matmul<Q4_0>, ggml_matmul<Q8_0>, ggml_matmul<Q4_K>,
      sparse_matmul<Format::sparse_bf16>, sparse_matmul<Format::sparse_f16>,
      sparse_matmul<Format::sparse_int8>, sparse_matmul<Format::sparse_int4>},

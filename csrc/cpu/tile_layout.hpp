@@ -9,6 +9,7 @@
 //   int2        64 bytes for four quads: quad i in bits 2i and 2i + 1
 //   int3        per group first the low two bits of all quads as int2, then 64 bytes for eight quads: bit i is the high
 //               bit of quad i
+//   int6        per group first the low four bits of all quads as int4, then the two high bits of all as int2
 #pragma once
 
 #include <cstddef>
@@ -32,6 +33,7 @@ constexpr int code_bits(Format format) {
     switch (format) {
         case Format::tile_int2: return 2;
         case Format::tile_int3: return 3;
+        case Format::tile_int6: return 6;
         case Format::tile_int8: return 8;
         default: return 4;
     }

@@ -34,18 +34,19 @@ GANGLINE_INLINE void unrolled(Body&& body) {
 constexpr int products_in_16_bits(Format format) {
     switch (format) {
         case Format::tile_int8: return 1;
+        case Format::tile_int6: return 2;
         case Format::tile_mxfp4: return 4;
         default: return 8;
     }
 }
 
-// Where the codes of one step (32 columns of a group) lie. `high` is for int3 only.
+// Where the codes of one step (32 columns of a group) lie. `high` is for int3 and int6 only.
 struct Step {
     const std::uint8_t* codes;
     const std::uint8_t* high;
 };
 
-// Bytes from one step's codes to the next's; for int3, its high bits counted with them, they lie apart.
+// Bytes from one step's codes to the next's, of formats whose bits lie together.
 template <Format F>
 constexpr std::ptrdiff_t step_bytes() {
     return std::ptrdiff_t{step_columns} * tile_rows * code_bits(F) / 8;
@@ -53,9 +54,10 @@ constexpr std::ptrdiff_t step_bytes() {
 
 template <Format F>
 GANGLINE_INLINE Step step_of(const std::uint8_t* group_codes, int group, int step) {
-    constexpr Format low = F == Format::tile_int3 ? Format::tile_int2 : F;
+    constexpr Format low = F == Format::tile_int3 ? Format::tile_int2 : F == Format::tile_int6 ? Format::tile_int4 : F;
+    constexpr std::ptrdiff_t high_bytes = step_columns * tile_rows * (code_bits(F) - code_bits(low)) / 8;
     return {group_codes + step * step_bytes<low>(),
-            group_codes + std::ptrdiff_t{group} * tile_rows / 4 + std::ptrdiff_t{step} * quad_bytes};
+            group_codes + std::ptrdiff_t{group} * tile_rows * code_bits(low) / 8 + step * high_bytes};
 }
 
 // Quad I of a step: one byte a code, for vector `v` of the row block.
@@ -73,6 +75,11 @@ GANGLINE_INLINE typename S::Bytes unpack(const Step& at, int v) {
             const auto high = S::template shift_right<I - 2>(S::load(at.high + v * bytes));
             return S::bit_or(low, S::bit_and(high, S::splat(4)));
         }
+    } else if constexpr (F == Format::tile_int6) {
+        const auto low = S::bit_and(S::template shift_right<4 * (I % 2)>(S::load(at.codes + I / 2 * quad_bytes + v * bytes)),
+                                    S::splat(15));
+        const auto high = S::template shift_right<2 * (I % 4) - 4>(S::load(at.high + I / 4 * quad_bytes + v * bytes));
+        return S::bit_or(low, S::bit_and(high, S::splat(48)));
     } else {
         const auto packed = S::load(at.codes + I / 2 * quad_bytes + v * bytes);
         const auto code = S::bit_and(S::template shift_right<4 * (I % 2)>(packed), S::splat(15));

@@ -50,9 +50,10 @@ def test_encode_rounds_to_the_nearest_code(
     scales = scales.astype(np.float32)
     assert np.array_equal(codes, np.clip(np.rint(weight.numpy() / scales), low, high))
     error = np.abs(codes * scales.astype(np.float64) - weight.numpy())
-    beyond = np.maximum(weight.numpy() - high * scales, low * scales - weight.numpy())
+    ends = np.stack([low * scales, high * scales])
+    beyond = np.maximum(weight.numpy() - ends.max(0), ends.min(0) - weight.numpy())
     # w / scale is rounded to fp32, so a weight halfway between two codes may go either way.
-    assert (error <= np.maximum(scales / 2, beyond) + 2e-5 * scales).all()
+    assert (error <= np.maximum(np.abs(scales) / 2, beyond) + 2e-5 * np.abs(scales)).all()
 
 
 @given(name=names, shape=shapes, seed=seeds)

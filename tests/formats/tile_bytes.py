@@ -53,6 +53,9 @@ def _code(data: bytes, width: int, group: int, column: int, position: int) -> in
         return data[64 * quad + position]
     if width == 4:
         return data[64 * (quad // 2) + position] >> 4 * (quad % 2) & 15
+    if width == 6:
+        low = _code(data, 4, group, column, position)
+        return low | _code(data[64 * (group // 8) :], 2, group, column, position) << 4
     low = data[64 * (quad // 4) + position] >> 2 * (quad % 4) & 3
     if width == 2:
         return low

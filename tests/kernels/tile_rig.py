@@ -32,7 +32,12 @@ class Kind:
 
 
 CODECS = [
-    *(f"tile16:int{bits}g{group}{z}" for bits in (2, 3, 4, 8) for group in (32, 64, 128) for z in ("", "z")),
+    *(
+        f"tile16:int{bits}g{group}{z}"
+        for bits in (2, 3, 4, 6, 8)
+        for group in (32, 64, 128)
+        for z in ("", "z")
+    ),
     "tile16:mxfp4",
 ]
 
@@ -104,6 +109,8 @@ def pack_group(bits: int, codes: np.ndarray) -> bytes:
     quads = codes.reshape(ROWS, -1, 4).transpose(1, 0, 2).reshape(-1, 64)
     if bits == 3:
         return combine(quads & 3, 2) + combine(quads >> 2, 1)
+    if bits == 6:
+        return combine(quads & 15, 4) + combine(quads >> 4, 2)
     return combine(quads, bits)
 
 

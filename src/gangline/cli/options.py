@@ -14,7 +14,7 @@ import typer
 from gangline.cli.config import read_config
 from gangline.cli.state import set_debug
 
-Precision = Literal["stored", "int8", "int4", "int3", "int2"]
+Precision = Literal["stored", "int8", "int6", "int4", "int3", "int2"]
 Dtype = Literal["bf16", "fp16", "fp32"]
 InputOutput = Literal["auto", "direct", "cached"]
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# For each width: bytes that hold whole codes, the integer in which they are spread, and the (shift, mask)
-# steps, each of which halves the fields.
-_SPREAD: dict[int, tuple[int, torch.dtype, tuple[tuple[int, int], ...]]] = {
-    1: (1, torch.int64, ((28, 0x0000000F_0000000F), (14, 0x00030003_00030003), (7, 0x01010101_01010101))),
-    2: (1, torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
-    3: (3, torch.int64, ((20, 0x00000FFF_00000FFF), (10, 0x003F003F_003F003F), (5, 0x07070707_07070707))),
-    4: (1, torch.int16, ((4, 0x0F0F),)),
+# For each width: bytes that hold whole codes, and the integer with one byte for each of these codes.
+_UNITS: dict[int, tuple[int, torch.dtype]] = {
+    1: (1, torch.int64),
+    2: (1, torch.int32),
+    3: (3, torch.int64),
+    4: (1, torch.int16),
+    6: (3, torch.int32),
 }
 
 
@@ -28,15 +28,16 @@ def unpack(packed_OB: Tensor, columns: int, bits: int) -> Tensor:
     """Codes ``(rows, columns)`` uint8 from packed rows (uint8) as ``pack`` makes them."""
     if bits == 8:
         return packed_OB[:, :columns]
-    unit, wide, steps = _SPREAD[bits]
+    unit, wide = _UNITS[bits]
     if unit == 1:
         word = packed_OB.to(wide)
     else:
         rows, width = packed_OB.shape
         parts = pad(packed_OB, (0, -width % unit)).view(rows, -1, unit).to(wide)
         word = parts[..., 0] | (parts[..., 1] << 8) | (parts[..., 2] << 16)
-    for shift, mask in steps:
-        word = word.bitwise_or_(word << shift).bitwise_and_(mask)
+    for codes, lower in _halves(bits, wide.itemsize):
+        upper = (word << (8 - bits) * codes).bitwise_and_(lower << 8 * codes)
+        word = word.bitwise_and_(lower).bitwise_or_(upper)
     return word.view(torch.uint8)[:, :columns]
 
 
@@ -46,15 +47,30 @@ def pack(codes_OI: Tensor, bits: int) -> Tensor:
     width = row_bytes(columns, bits)
     if bits == 8:
         return pad(codes_OI, (0, width - columns))
-    unit, wide, steps = _SPREAD[bits]
+    unit, wide = _UNITS[bits]
     units = -(-width // unit)
     codes_OI = pad(codes_OI, (0, units * wide.itemsize - columns)).contiguous()
     word = codes_OI.view(wide)
-    masks = [(1 << 8 * unit) - 1, *(mask for _, mask in steps[:-1])]
-    for (shift, _), mask in zip(reversed(steps), reversed(masks), strict=True):
-        word = word.bitwise_or(word >> shift).bitwise_and_(mask)
+    for codes, lower in reversed(_halves(bits, wide.itemsize)):
+        upper = (word >> (8 - bits) * codes).bitwise_and_(lower << bits * codes)
+        word = word.bitwise_and(lower).bitwise_or_(upper)
     packed_OB = word.contiguous().view(torch.uint8).view(rows, units, -1)[..., :unit].reshape(rows, -1)
     return packed_OB[:, :width].contiguous()
+
+
+def _halves(bits: int, total: int) -> list[tuple[int, int]]:
+    """The steps that spread ``total`` codes, which lie side by side, to a byte each.
+
+    Every step halves runs of codes and moves the upper half up. Given are the codes of a half, and the mask
+    of the lower halves once they have their bytes' distance.
+    """
+    steps = []
+    codes = total // 2
+    while codes:
+        run = (1 << bits * codes) - 1
+        steps.append((codes, sum(run << 8 * start for start in range(0, total, 2 * codes))))
+        codes //= 2
+    return steps
 
 
 def planes(packed_NB: Tensor, run: int, bits: int) -> Tensor:

@@ -5,13 +5,15 @@ clips one weight and rounds all the others finer. Following "GPTQ: Accurate Post
 Generative Pre-trained Transformers" (arXiv:2210.17323), whose code tries ``grid * maxshrink`` shrunk ranges
 and keeps the one with the least ``sum |error|^norm``.
 
-Three differences. Scales are scored as stored, rounded to fp16. For symmetric codes the scales that put the
-largest weight exactly on the last negative or positive code are tried as well, so that weights which already
-lie on a grid come back unchanged. And where that code has ``|error|^2.4``, an error ``d``, in steps of the
-scale without clipping, counts ``d^2 (1 + 2 d)``: between the square of small errors and the cube of large
-ones, locally a power of 2.33 at a quarter step and of 2.5 at half a step. It needs only operations that every
-machine rounds alike (square roots and powers in torch are none), summed in a fixed order, so that the native
-encoder finds the same scales, bit for bit.
+Four differences. Scales are scored as stored, rounded to fp16. A symmetric grid has one more negative code
+than positive ones: where the weight of the largest magnitude is positive the scale is negative, so that this
+weight always has the wider side (as in ggml's Q4_0). The scales that put it exactly on the last negative or
+positive code are tried as well, so that weights which already lie on a grid come back unchanged. And where
+that code has ``|error|^2.4``, an error ``d``, in steps of the scale without clipping, counts ``d^2 (1 + 2
+d)``: between the square of small errors and the cube of large ones, locally a power of 2.33 at a quarter
+step and of 2.5 at half a step. It needs only operations that every machine rounds alike (square roots and
+powers in torch are none), summed in a fixed order, so that the native encoder finds the same scales, bit for
+bit.
 
 A group leaves the search where clipping its largest weight alone already costs more than its best scale so
 far: this cannot change the result. The grid is half as fine as the 100 of that code, for half the time;
@@ -45,6 +47,8 @@ def plain_scale(peak_N: Tensor, bits: int) -> Tensor:
 def search_scale(w_NL: Tensor, bits: int) -> Tensor:
     """The best symmetric scale of every group, fp32 holding fp16 values.
 
+    It is negative where the weight of the largest magnitude is positive.
+
     Args:
         w_NL: weights, fp32.
         bits: width of the codes, which are ``round(w / scale)`` in ``[-2^(bits-1), 2^(bits-1))``.
@@ -53,6 +57,7 @@ def search_scale(w_NL: Tensor, bits: int) -> Tensor:
         FormatError: a weight is nan or infinite, or too large for an fp16 scale.
     """
     low_N, high_N = torch.aminmax(w_NL, dim=1)
+    sign_N = torch.where(high_N > -low_N, -1.0, 1.0)
     peak_N = torch.maximum(-low_N, high_N)
     _check(
         peak_N, 2 ** (bits - 1) - 1, f"a weight of magnitude {{:g}} is past {{:g}}, the most that int{bits}"
@@ -60,8 +65,9 @@ def search_scale(w_NL: Tensor, bits: int) -> Tensor:
     plain = (2**bits - 1) / 2
     exact = [float(2 ** (bits - 1)), float(2 ** (bits - 1) - 1)]
     floor_N = torch.full_like(peak_N, -(2 ** (bits - 1)))
-    groups = _Groups(w_NL.t().contiguous(), low_N, high_N, peak_N, floor_N, floor_N + (2**bits - 1))
-    return _search(groups, plain, sorted({*_shrunk(plain), *exact}))
+    rest_N = torch.minimum(-low_N, high_N)
+    groups = _Groups(w_NL.t() * sign_N, -peak_N, rest_N, peak_N, floor_N, floor_N + (2**bits - 1))
+    return _search(groups, plain, sorted({*_shrunk(plain), *exact})).mul_(sign_N)
 
 
 def search_range(w_NL: Tensor, bits: int) -> tuple[Tensor, Tensor]:

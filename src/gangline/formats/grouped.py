@@ -22,7 +22,7 @@ from gangline.formats.bitstream import pack, row_bytes, unpack
 from gangline.formats.clip import search_scale
 from gangline.formats.codec import CHUNK, Shape, check_raw, check_rows, check_shape, check_weight, view_as
 
-WIDTHS = (2, 3, 4, 8)
+WIDTHS = (2, 3, 4, 6, 8)
 GROUPS = (32, 64, 128)
 
 

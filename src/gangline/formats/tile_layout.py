@@ -14,6 +14,7 @@ stripe is:
    - 4 bits: 64 bytes hold two quads, the first in the low nibbles.
    - 2 bits: 64 bytes hold four quads, the first in the lowest bits.
    - 3 bits: the low two bits of all quads of the group as above, then the high bits, eight quads in 64 bytes.
+   - 6 bits: the low four bits of all quads of the group as above, then the two high bits of all as above.
 
 Rows past the end have scale 0, columns past the end the code of zero, so that they add nothing.
 
@@ -33,6 +34,8 @@ ROWS = 16
 STRIPE_GROUPS = 4
 _QUAD = 4
 _ALIGN = 64
+# Widths whose codes are stored in two parts: bits of the low one and of the high one.
+_SPLIT = {3: (2, 1), 6: (4, 2)}
 
 
 @dataclass(frozen=True)
@@ -142,10 +145,12 @@ class TileLayout:
     def unpack(self, words_RW: Tensor) -> Tensor:
         """Codes ``(R, 16, C)``, uint8, of row blocks."""
         blocks = len(words_RW)
-        if self.width == 3:
-            words_NW = words_RW.reshape(-1, self.group * 3 // 2)
-            low_NQS = _spread(words_NW[:, : self.group], 2)
-            words_QS = (low_NQS | (_spread(words_NW[:, self.group :], 1) << 2)).view(blocks, -1, ROWS)
+        if self.width in _SPLIT:
+            low, high = _SPLIT[self.width]
+            words_NW = words_RW.reshape(-1, self.group * self.width // 2)
+            end = self.group * low // 2
+            low_NQS, high_NQS = _spread(words_NW[:, :end], low), _spread(words_NW[:, end:], high)
+            words_QS = (low_NQS | (high_NQS << low)).view(blocks, -1, ROWS)
         else:
             words_QS = _spread(words_RW, self.width)
         return words_QS.transpose(1, 2).contiguous().view(torch.uint8)
@@ -153,10 +158,12 @@ class TileLayout:
     def pack(self, codes_RSC: Tensor) -> Tensor:
         """Words ``(R, W)`` of codes as :meth:`unpack` gives them; no code may be past ``width`` bits."""
         words_RQS = codes_RSC.contiguous().view(torch.int32).transpose(1, 2)
-        if self.width != 3:
+        if self.width not in _SPLIT:
             return _gather(words_RQS.contiguous(), self.width)
+        low, high = _SPLIT[self.width]
         words_NQS = words_RQS.reshape(-1, self.group // _QUAD, ROWS)
-        low_NW, high_NW = _gather(words_NQS & 0x03030303, 2), _gather((words_NQS >> 2) & 0x01010101, 1)
+        low_NW = _gather(words_NQS & _in_bytes(low), low)
+        high_NW = _gather((words_NQS >> low) & _in_bytes(high), high)
         return torch.cat([low_NW, high_NW], dim=1).view(len(codes_RSC), -1)
 
 
@@ -165,13 +172,17 @@ def row_blocks(rows: int) -> int:
     return -(-rows // ROWS)
 
 
+def _in_bytes(bits: int) -> int:
+    """A word whose bytes all have so many low bits set."""
+    return (2**bits - 1) * 0x01010101
+
+
 def _spread(words_NW: Tensor, bits: int) -> Tensor:
     """Quads ``(N, Q, 16)``, one code a byte, of words that hold ``8 / bits`` quads each."""
     if bits == 8:
         return words_NW.reshape(len(words_NW), -1, ROWS)
     words_NPS = words_NW.reshape(len(words_NW), -1, ROWS)
-    mask = (2**bits - 1) * 0x01010101
-    parts = [(words_NPS >> shift).bitwise_and_(mask) for shift in range(0, 8, bits)]
+    parts = [(words_NPS >> shift).bitwise_and_(_in_bytes(bits)) for shift in range(0, 8, bits)]
     return torch.stack(parts, dim=2).view(len(words_NW), -1, ROWS)
 
 

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 IO_THREADS = 4
 # Counts the changes of what the bytes of a pack mean: old ones are then not found, and made anew.
-PACK_LAYOUT = 2
+PACK_LAYOUT = 3
 
 
 def load_model(model: str | Path, **options: Any) -> PreTrainedModel:

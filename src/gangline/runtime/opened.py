@@ -33,10 +33,11 @@ from gangline.runtime.files import ALIGN
 from gangline.runtime.footprint import Footprint, measure_footprint
 from gangline.runtime.read_plan import plan_reads
 
-# Group sizes at which round-to-nearest loses little: 8.125, 4.5, 3.25 and 2.5 bits per weight in all.
+# Group sizes at which round-to-nearest loses little: 8.125, 6.25, 4.5, 3.25 and 2.5 bits per weight in all.
 PRECISIONS = {
     "stored": None,
     "int8": "tile16:int8g128",
+    "int6": "tile16:int6g64",
     "int4": "tile16:int4g32",
     "int3": "tile16:int3g64",
     "int2": "tile16:int2g32",
@@ -47,8 +48,8 @@ def codec_of(precision: str) -> str | None:
     """Return the codec of a precision: None for ``stored``, else tiles (``gangline.formats.tiled``).
 
     Args:
-        precision: ``stored``, ``int8``, ``int4``, ``int3``, ``int2``, or a width with its group and, with a
-            zero point for every group, the letter z: ``int4g32``, ``int2g32z``.
+        precision: ``stored``, ``int8``, ``int6``, ``int4``, ``int3``, ``int2``, or a width with its group
+            and, with a zero point for every group, the letter z: ``int4g32``, ``int2g32z``.
 
     Raises:
         UsageError: another name.
