@@ -221,6 +221,37 @@ def test_reconstruction_brings_every_layer_nearer(family: str, tiny, tmp_path: P
     assert_same_experts(packed, dense)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen2_moe"])
+def test_distilling_changes_kept_expert_weights_only(family: str, tiny, tmp_path: Path) -> None:
+    source, changed = tiny(family), []
+    steps: list[tuple[int, int]] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what.startswith("distilling"):
+            steps.append((done, total))
+
+    for tokens in (0, 4096):
+        settings = SparsifySettings(pattern="1:2:16", method="magnitude", distill_tokens=tokens)
+        packed, dense = tmp_path / f"packed{tokens}", tmp_path / f"dense{tokens}"
+        report = sparsify_checkpoint(
+            source, packed, texts=TEXTS, settings=settings, dense=dense, measure=False, progress=progress
+        )
+        assert_same_experts(packed, dense)
+    assert report.distilled is not None
+    assert report.distilled.tokens == 4096
+    assert steps == [(1, 2), (2, 2)]
+    pruned, learned = (SafetensorsIndex.from_folder(tmp_path / f"dense{tokens}") for tokens in (0, 4096))
+    for name in pruned.tensors:
+        before, after = pruned.read(name), learned.read(name)
+        if not torch.equal(before, after):
+            changed.append(name)
+            assert not ((before == 0) & (after != 0)).any()
+    assert changed
+    assert all("expert" in name for name in changed)
+    document = json.loads((tmp_path / "packed4096" / "sparsify.json").read_text())
+    assert len(document["distilled"]["losses"]) == 2
+
+
 def test_an_interrupted_run_leaves_nothing(tiny, tmp_path: Path) -> None:
     def stop(what: str, done: int, total: int) -> None:
         if done == 3:

@@ -67,6 +67,15 @@ def sparsify(
             min=0,
         ),
     ] = 0,
+    distill_tokens: Annotated[
+        int,
+        option(
+            "--distill-tokens",
+            metavar="N",
+            help="Let what is kept learn from the original on so many tokens; needs memory for all experts.",
+            min=0,
+        ),
+    ] = 0,
     no_measure: Annotated[
         bool, option("--no-measure", help="Do not measure perplexity before and after.")
     ] = False,
@@ -90,6 +99,7 @@ def sparsify(
         min_tokens=min_tokens,
         permute=permute,
         reconstruct=reconstruct,
+        distill_tokens=distill_tokens,
     )
     texts = SparsifyTexts(_read(data), None if held_out is None else _read(held_out), tokens, window=window)
     with _bar() as progress:
@@ -137,6 +147,13 @@ def _lines(report: "SparsifyReport") -> Iterator[str]:
             f"{count} experts saw fewer than {report.settings.min_tokens} tokens and were calibrated on "
             "their layer's; give more --data"
         )
+    learned = report.distilled
+    if learned is not None:
+        first, last = learned.losses[0], learned.losses[-1]
+        yield (
+            f"distilled on {learned.tokens:,} tokens: {first:.3f} nats a token from the original at first, "
+            f"{last:.3f} at last"
+        )
     before, after = report.perplexity_before, report.perplexity_after
     if before is not None and after is not None:
         yield (
@@ -157,18 +174,21 @@ def _remedies(report: "SparsifyReport") -> Iterator[str]:
         yield "--reconstruct 2"
     if settings.method != "alps":
         yield "--method alps"
+    if not settings.distill_tokens:
+        yield "--distill-tokens 1000000"
 
 
 @contextmanager
 def _bar() -> Iterator[Any]:
     from tqdm import tqdm
 
-    with tqdm(unit="expert", disable=None) as bar:
+    with tqdm(disable=None) as bar:
 
         def progress(what: str, done: int, total: int) -> None:
             bar.set_description(what, refresh=done == 0)
             if total:
-                bar.total = total
+                if bar.total != total:
+                    bar.reset(total)
                 bar.update(done - bar.n)
 
         yield progress

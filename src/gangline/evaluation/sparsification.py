@@ -5,7 +5,7 @@ Shapes: S texts, C tokens of a text.
 
 import gc
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,15 +17,23 @@ from torch import Tensor
 from gangline.compress.dense_to_moe.writer import complete_folder
 from gangline.compress.sparsify import (
     DenseWriter,
+    DistillReport,
     LayerReport,
     LayerWalk,
+    PackedExpert,
     PackedWriter,
+    PrunedMatrix,
+    Sink,
     SparsifySettings,
+    distill_experts,
+    product_dtype,
     sparsify_layers,
+    two_banks,
     walk_texts,
 )
 from gangline.compress.sparsify.writers import Origin
 from gangline.core.errors import UnsupportedModelError, UsageError
+from gangline.core.keys import ExpertKey
 from gangline.evaluation.perplexity import perplexity
 from gangline.evaluation.plain import find_checkpoint, load_tokenizer, place
 from gangline.runtime.opened import OpenedModel, experts_modules, open_model
@@ -77,6 +85,7 @@ class SparsifyReport:
         perplexity_before: of the original, on the held-out text; None if it was not asked for.
         perplexity_after: of what was written.
         layers: kept energy and errors.
+        distilled: what learning from the original did; None if it was not asked for.
         folders: what was written, by kind: ``packed``, ``dense``.
     """
 
@@ -90,6 +99,7 @@ class SparsifyReport:
     perplexity_before: float | None
     perplexity_after: float | None
     layers: tuple[LayerReport, ...]
+    distilled: DistillReport | None = None
     folders: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -157,6 +167,9 @@ def sparsify_checkpoint(
     settings = _resolved(settings, opened)
     calibration, judged = texts.parts()
     ids_SC = windows(tokenizer, calibration, texts.tokens, texts.window)
+    distill_SC = None
+    if settings.distill_tokens:
+        distill_SC = windows(tokenizer, calibration, settings.distill_tokens, texts.window)
     held_out = _first_tokens(tokenizer, judged, texts.held_out_tokens) if measure else ""
     before = None
     if measure:
@@ -165,7 +178,7 @@ def sparsify_checkpoint(
     targets = {kind: path for kind, path in (("packed", packed), ("dense", dense)) if path is not None}
     with ExitStack() as stack:
         folders = {kind: stack.enter_context(complete_folder(path)) for kind, path in targets.items()}
-        layers = _write(opened, origin, ids_SC, settings, folders, say)
+        layers, learned = _write(opened, origin, ids_SC, distill_SC, settings, folders, say)
         report = SparsifyReport(
             model=str(model),
             settings=settings,
@@ -175,6 +188,7 @@ def sparsify_checkpoint(
             perplexity_before=before,
             perplexity_after=None,
             layers=layers,
+            distilled=learned,
             folders={kind: str(path) for kind, path in targets.items()},
         )
         _store(report, folders.values())
@@ -230,16 +244,44 @@ def _write(
     opened: OpenedModel,
     origin: Origin,
     ids_SC: Tensor,
+    distill_SC: Tensor | None,
     settings: SparsifySettings,
     folders: dict[str, Path],
     say: Progress,
-) -> tuple[LayerReport, ...]:
+) -> tuple[tuple[LayerReport, ...], DistillReport | None]:
     writers: list[PackedWriter | DenseWriter] = []
     say("copying what stays", 0, 0)
     if "packed" in folders:
         writers.append(PackedWriter(origin, folders["packed"], settings.codec.name))
     if "dense" in folders:
         writers.append(DenseWriter(origin, folders["dense"]))
+    learned = None
+    if distill_SC is None:
+
+        def write(key: ExpertKey, matrices: Sequence[PrunedMatrix]) -> None:
+            for writer in writers:
+                writer.add(key, matrices)
+
+        layers = _prune(opened, ids_SC, settings, write, say)
+    else:
+        students: dict[ExpertKey, PackedExpert] = {}
+
+        def keep(key: ExpertKey, matrices: Sequence[PrunedMatrix]) -> None:
+            students[key] = PackedExpert(matrices, settings.codec)
+
+        layers = _prune(opened, ids_SC, settings, keep, say)
+        learned = _distil(opened, students, distill_SC, settings, say)
+        for key, student in students.items():
+            for writer in writers:
+                writer.add(key, student.matrices())
+    for writer in writers:
+        writer.finish()
+    return layers, learned
+
+
+def _prune(
+    opened: OpenedModel, ids_SC: Tensor, settings: SparsifySettings, sink: Sink, say: Progress
+) -> tuple[LayerReport, ...]:
     say("reading the calibration text", 0, 0)
     model, view = opened.load_dense(None)
     walk = LayerWalk(model.eval(), view, walk_texts(ids_SC, settings))
@@ -250,14 +292,40 @@ def _write(
         done += 1
         say("pruning experts", done, total)
 
-    def sink(key: Any, matrices: Any) -> None:
-        for writer in writers:
-            writer.add(key, matrices)
+    return tuple(sparsify_layers(walk, opened.source, settings, sink, on_expert))
 
-    layers = tuple(sparsify_layers(walk, opened.source, settings, sink, on_expert))
-    for writer in writers:
-        writer.finish()
-    return layers
+
+def _distil(
+    opened: OpenedModel,
+    students: dict[ExpertKey, PackedExpert],
+    ids_SC: Tensor,
+    settings: SparsifySettings,
+    say: Progress,
+) -> DistillReport:
+    """Let the pruned experts learn; they are changed in place."""
+    say("loading the teacher", 0, 0)
+    model, view = opened.load_dense(None)
+    banks = [
+        two_banks(
+            block,
+            opened.source,
+            [students[ExpertKey(block.layer, e)] for e in range(opened.source.experts[block.layer])],
+        )
+        for block in view.blocks
+    ]
+    report = distill_experts(
+        model.eval(),
+        banks,
+        ids_SC,
+        settings.distill_tokens,
+        dtype=product_dtype(),
+        on_step=lambda step, steps, loss: say(f"distilling, {loss:.3f} nats", step, steps),
+    )
+    for layer, bank in enumerate(banks):
+        for expert, weights in enumerate(bank.learned()):
+            for number, weight_OI in enumerate(weights):
+                students[ExpertKey(layer, expert)].replace(number, weight_OI)
+    return report
 
 
 def _sizes(opened: OpenedModel, settings: SparsifySettings) -> dict[str, Any]:

@@ -1,16 +1,13 @@
 """Distil the corrections of a converted model end to end from the dense model it came from.
 
-The loss is the Kullback-Leibler divergence of next-token distributions, teacher first, as in knowledge
-distillation (arXiv 1503.02531); only the low-rank corrections learn, routers and neurons stay as fitted. The
+Only the low-rank corrections learn (``compress/distillation.py``), routers and neurons stay as fitted. The
 student computes with the corrections as they will be stored, rounded to int4, and gradients pass the rounding
 straight through (arXiv 1308.3432): what is learned survives storing.
 
 Shapes: T tokens, D hidden, N neurons, G groups, R and Q ranks, B sequences, C tokens per sequence.
 """
 
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,15 +15,7 @@ from torch import Tensor, nn
 
 from gangline.compress.dense_to_moe.layer import LayerPlan, LowRank
 from gangline.compress.dense_to_moe.rounding import best_scale, rounded
-
-
-@dataclass(frozen=True)
-class DistillConfig:
-    """Steps, and the step size relative to the typical size of each factor's entries."""
-
-    steps: int = 200
-    rate: float = 0.02
-    warmup: int = 10
+from gangline.compress.distillation import DistillConfig, learn, log_probabilities
 
 
 class RoundedFactor(nn.Module):
@@ -89,17 +78,6 @@ class GroupedFFN(nn.Module):
         return LayerPlan(self.plan.router_GD, neurons_GW, shared, own)
 
 
-def _logits(model: Any, ids_BC: Tensor, *, teacher: bool, dtype: torch.dtype) -> Tensor:
-    for layer in model.model.layers:
-        layer.mlp.teacher = teacher
-    with (
-        torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32),
-        torch.set_grad_enabled(not teacher),
-    ):
-        logits_BCV: Tensor = model(ids_BC, use_cache=False).logits
-    return logits_BCV.flatten(0, 1).float().log_softmax(-1)
-
-
 def distill(
     model: Any,
     plans: list[LayerPlan],
@@ -123,31 +101,14 @@ def distill(
         layer.mlp = GroupedFFN(layer.mlp, plan)
     modules = [layer.mlp for layer in model.model.layers]
     factors = [factor for module in modules for factor in module.parameters() if factor.requires_grad]
-    sizes = [float(factor.detach().square().mean().sqrt()) for factor in factors]
-    adam = torch.optim.Adam(
-        [{"params": [f], "lr": config.rate * size} for f, size in zip(factors, sizes, strict=True)],
-        betas=(0.9, 0.98),
-    )
-
-    def share(step: int) -> float:
-        return (
-            min(1.0, (step + 1) / config.warmup)
-            * 0.5
-            * (1 + math.cos(math.pi * min(1.0, step / config.steps)))
-        )
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, share)
 
     def learned() -> list[LayerPlan]:
         return [module.learned() for module in modules]
 
-    for step, ids_BC in zip(range(config.steps), batches, strict=False):
-        teacher_TV = _logits(model, ids_BC, teacher=True, dtype=dtype)
-        student_TV = _logits(model, ids_BC, teacher=False, dtype=dtype)
-        loss = nn.functional.kl_div(student_TV, teacher_TV, log_target=True, reduction="batchmean")
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        schedule.step()
-        on_step(step, float(loss.detach()), learned)
+    def speak(ids_BC: Tensor, teacher: bool) -> Tensor:
+        for module in modules:
+            module.teacher = teacher
+        return log_probabilities(model, ids_BC, learning=not teacher, dtype=dtype)
+
+    learn(factors, speak, batches, config, lambda step, loss: on_step(step, loss, learned))
     return learned()

@@ -1,6 +1,8 @@
 """Sparsify the experts of a MoE under the two-level pattern of Samoyeds, one layer after the other."""
 
-from gangline.compress.sparsify.layers import sparsify_layers, walk_texts
+from gangline.compress.sparsify.distill import DistillReport, distill_experts, product_dtype, two_banks
+from gangline.compress.sparsify.expert import PackedExpert, PrunedMatrix
+from gangline.compress.sparsify.layers import Sink, sparsify_layers, walk_texts
 from gangline.compress.sparsify.report import ExpertReport, LayerReport, MatrixReport
 from gangline.compress.sparsify.settings import METHODS, Method, SparsifySettings
 from gangline.compress.sparsify.walk import LayerWalk
@@ -9,13 +11,20 @@ from gangline.compress.sparsify.writers import DenseWriter, PackedWriter
 __all__ = [
     "METHODS",
     "DenseWriter",
+    "DistillReport",
     "ExpertReport",
     "LayerReport",
     "LayerWalk",
     "MatrixReport",
     "Method",
+    "PackedExpert",
     "PackedWriter",
+    "PrunedMatrix",
+    "Sink",
     "SparsifySettings",
+    "distill_experts",
+    "product_dtype",
     "sparsify_layers",
+    "two_banks",
     "walk_texts",
 ]

@@ -16,6 +16,8 @@ from gangline.compress.sparsify.prune import prune, saliency
 from gangline.compress.sparsify.report import Calibration, ExpertReport, MatrixReport
 from gangline.compress.sparsify.settings import SparsifySettings
 from gangline.compress.sparsify.walk import Routing
+from gangline.core.layout import ExpertLayout
+from gangline.formats import DenseCodec, get_codec
 from gangline.formats.samoyeds import SparseCodec
 from gangline.kernels.reference import ExpertMath
 
@@ -117,7 +119,19 @@ class ExpertForm:
             return
         h_NF = self.intermediate(weights[:-1], routing.x_TD[token_N], expert)
         y_ND = self.output(weights[-1], h_NF, expert)
-        out_TD.index_add_(0, token_N, y_ND * routing.weights_TK[token_N, slot_N, None])
+        y_ND = y_ND * routing.weights_TK[token_N, slot_N, None]
+        out_TD.index_add_(0, token_N, y_ND.to(out_TD.dtype))
+
+
+def decode_expert(layout: ExpertLayout, raws: Sequence[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+    """An expert's matrices ``(out, in)`` from its bytes; with None in the dtype they are stored in."""
+    weights = []
+    for spec, raw in zip(layout.fields, raws, strict=True):
+        codec = get_codec(spec.codec)
+        kind = dtype or (codec.stored if isinstance(codec, DenseCodec) else torch.float32)
+        weight = codec.decode(raw, spec.shape, kind)
+        weights.append(weight.t().contiguous() if spec.transposed else weight)
+    return weights
 
 
 def sparsify_expert(

@@ -15,6 +15,7 @@ from gangline.compress.sparsify.expert import (
     ExpertInput,
     PackedExpert,
     PrunedMatrix,
+    decode_expert,
     sparsify_expert,
 )
 from gangline.compress.sparsify.reconstruct import Goal, reconstruct
@@ -23,8 +24,6 @@ from gangline.compress.sparsify.settings import SparsifySettings
 from gangline.compress.sparsify.walk import LayerWalk, Routing, Step
 from gangline.core.errors import UnsupportedModelError
 from gangline.core.keys import ExpertKey
-from gangline.core.layout import ExpertLayout
-from gangline.formats import get_codec
 from gangline.models import MoEBlock, expert_math
 
 Sink = Callable[[ExpertKey, Sequence[PrunedMatrix]], None]
@@ -121,7 +120,7 @@ def _pruned(
 def _weights(source: ExpertSource, block: MoEBlock) -> Iterator[tuple[int, list[Tensor]]]:
     layout = source.layouts[block.layer]
     for expert, raws in source.read_layer(block.layer):
-        yield expert, _decode(layout, raws)
+        yield expert, decode_expert(layout, raws, torch.float32)
 
 
 def expert_input(routing: Routing, expert: int, settings: SparsifySettings) -> ExpertInput:
@@ -140,14 +139,3 @@ def expert_input(routing: Routing, expert: int, settings: SparsifySettings) -> E
     count = min(total, 4 * settings.min_tokens)
     spread_N = torch.arange(count) * total // count
     return ExpertInput(routing.x_TD[spread_N], torch.ones(count), "layer", len(token_N))
-
-
-def _decode(layout: ExpertLayout, raws: Sequence[Tensor]) -> list[Tensor]:
-    weights = [
-        get_codec(spec.codec).decode(raw, spec.shape, torch.float32)
-        for spec, raw in zip(layout.fields, raws, strict=True)
-    ]
-    return [
-        weight.t().contiguous() if spec.transposed else weight
-        for spec, weight in zip(layout.fields, weights, strict=True)
-    ]
