@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +17,7 @@ from gangline.kernels.grouping import Grouping, group_by_expert
 from gangline.kernels.reference import ExpertMath, ReferenceKernel
 from gangline.models import expert_math, expert_tensors, find_moe
 from kernels.expert_rig import Experts, biases, clamped_oai, layout_of, relative_error, routed, run, swiglu
+from kernels.tile_rig import Kind, quantize
 from tiny_models import FAMILIES, tiny_model
 
 core = native()
@@ -32,7 +34,7 @@ PACKED = (
     "tile16:mxfp4",
 )
 # Activations rounded to int8 twice on the way; the weights are the same on both sides.
-TOLERANCE = dict.fromkeys(PLAIN, 1e-5) | dict.fromkeys(PACKED, 2.5e-2)
+TOLERANCE = dict.fromkeys(PLAIN, 1e-5) | dict.fromkeys(PACKED, 4e-2)
 
 
 @pytest.fixture(params=core.usable_kernels())
@@ -48,6 +50,34 @@ def check(experts: Experts, x_TD: torch.Tensor, grouping, tolerance: float) -> t
     assert got.shape == want.shape and got.dtype == torch.float32
     assert relative_error(got, want) <= tolerance
     return got
+
+
+def assert_rounded_twice(
+    experts: Experts, x_TD: torch.Tensor, grouping: Grouping, y_PD: torch.Tensor
+) -> None:
+    """Rows rounded to int8 as the kernels do it; the intermediate is off by half a step of its group at most.
+
+    With few columns and terms that cancel, that is a lot of the result, so the room is that of every element.
+    """
+    up, down = experts.layout.fields
+    group = Kind.of(up.codec).group
+    q_TC, scale_TG = quantize(x_TD.numpy(), group)
+    x_hat_TD = torch.from_numpy(q_TC * scale_TG.repeat(group, axis=1).astype(np.float64))[:, : up.shape[1]]
+    for index, expert in enumerate(grouping.experts):
+        pairs = slice(grouping.starts[index], grouping.starts[index + 1])
+        up_GD, down_DF = (
+            get_codec(f.codec).decode(raw, f.shape, torch.float32).double()
+            for f, raw in zip((up, down), experts.raws[expert], strict=True)
+        )
+        x_ND = x_hat_TD[grouping.token_P[pairs]]
+        h_NF = swiglu(x_ND @ up_GD.t())
+        padded_NC = torch.nn.functional.pad(h_NF, (0, -h_NF.shape[1] % group))
+        step_NG = padded_NC.view(len(h_NF), -1, group).abs().amax(-1) / 127
+        room_NF = 0.51 * step_NG.repeat_interleave(group, 1)[:, : h_NF.shape[1]]
+        gate_NF, up_NF = (x_ND.abs() @ up_GD.abs().t()).chunk(2, dim=-1)
+        room_NF = room_NF + 1e-5 * gate_NF * up_NF  # what fp32 sums of terms that cancel are off
+        room_ND = room_NF @ down_DF.abs().t() + 1e-30
+        assert ((y_PD[pairs] - h_NF @ down_DF.t()).abs() <= room_ND).all()
 
 
 @pytest.mark.parametrize("codec", PLAIN + PACKED)
@@ -69,7 +99,7 @@ def test_columns_in_any_order_with_biases(
     math_ = ExpertMath(gate, interleaved, **biases(5, 2 * 41, 48))
     experts = Experts.random(layout_of(codec, 48, 41, split=split), math_, 5)
     for tokens in (1, 9):
-        check(experts, torch.randn(tokens, 48), routed(tokens, 5, 3), 2e-2 if "int" in codec else 1e-5)
+        check(experts, torch.randn(tokens, 48), routed(tokens, 5, 3), 4e-2 if "int" in codec else 1e-5)
 
 
 @pytest.mark.parametrize("codec", ["fp32", "tile16:int8g32"])
@@ -78,7 +108,7 @@ def test_experts_without_a_gate(codec: str, has_bias: bool, table: str, seed: in
     given_biases = biases(4, 37, 50) if has_bias else {}
     math_ = ExpertMath(torch.nn.functional.gelu, **given_biases)
     experts = Experts.random(layout_of(codec, 50, 37, gated=False), math_, 4)
-    check(experts, torch.randn(6, 50), routed(6, 4, 2), 2e-2 if "int" in codec else 1e-5)
+    check(experts, torch.randn(6, 50), routed(6, 4, 2), 4e-2 if "int" in codec else 1e-5)
 
 
 @pytest.mark.parametrize("codec", ["fp16", "tile16:int8g32"])
@@ -96,7 +126,7 @@ def test_torch_computes_gates_and_norms_that_are_not_native(
         experts = Experts.random(layout_of(codec, 64, 48, split=split), math_, 5)
         assert (NativeKernel(experts.layout, math_).gate is None) == (math_ is unknown)
         with torch.no_grad():
-            check(experts, torch.randn(7, 64), routed(7, 5, 3), 2e-2 if "int" in codec else 1e-4)
+            check(experts, torch.randn(7, 64), routed(7, 5, 3), 4e-2 if "int" in codec else 1e-4)
 
 
 @given(
@@ -130,8 +160,12 @@ def test_any_shape_any_routing_any_number_of_threads(
     try:
         core.use_kernels(name)
         core.set_threads(threads)
-        # So few columns that a single int8 rounding can be off by a lot of the result.
-        y_PD = check(experts, x_TD, grouping, 1e-4 if "int" not in codec else 0.2)
+        y_PD = experts.native(x_TD, grouping)
+        assert y_PD.shape == (len(grouping.token_P), hidden) and y_PD.dtype == torch.float32
+        if "int" in codec and tokens:
+            assert_rounded_twice(experts, x_TD, grouping, y_PD)
+        else:
+            assert relative_error(y_PD, experts.reference(x_TD, grouping)) <= 1e-4
         core.set_threads(1)
         assert torch.equal(experts.native(x_TD, grouping), y_PD)
     finally:
