@@ -231,7 +231,7 @@ def test_two_processes_make_one_pack(tmp_path):
     workers = [context.Process(target=pack_in_a_process, args=arguments) for _ in range(2)]
     for worker in workers:
         worker.start()
-    found = sorted(results.get(timeout=120) for _ in workers)
+    found = sorted(results.get(timeout=600) for _ in workers)
     for worker in workers:
         worker.join(timeout=30)
     assert [worker.exitcode for worker in workers] == [0, 0]
