@@ -55,7 +55,7 @@ def test_mrs_folds_a_prompt_token_by_token(rows):
     for row in rows:
         scored(one, row)
     whole.on_event(event(0, (0,), detail=RoutingDetail(scores_TE=np.array(rows))), ())
-    np.testing.assert_allclose(one.score_E[0], whole.score_E[0])
+    np.testing.assert_allclose(one.score_E[0], whole.score_E[0], atol=1e-300)  # subnormal numbers lose digits
 
 
 def test_mrs_with_alpha_one_remembers_the_last_scores_only():
