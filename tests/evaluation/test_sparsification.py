@@ -335,6 +335,9 @@ def test_the_command(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert again.exit_code == 2
     assert "exists already" in again.stderr
     arguments[3] = str(tmp_path / "other")
-    shown = runner.invoke(app, [*arguments, "--data", str(text)])
+    more = ["--reconstruct", "1", "--distill-tokens", "64", "--damping", "0.1"]
+    shown = runner.invoke(app, [*arguments, "--data", str(text), *more])
     assert "bits a weight" in shown.stdout
+    assert " -> " in shown.stdout
+    assert "distilled on 64 tokens" in shown.stdout
     assert "kept energy" in shown.stdout

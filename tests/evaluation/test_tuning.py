@@ -29,10 +29,10 @@ def folder(tmp_path_factory):
     return saved_model(tmp_path_factory.mktemp("model"), "olmoe", seed=5)
 
 
-def budget(folder, slots):
-    """A memory budget that gives about so many slots of 24."""
+def budget(folder):
+    """A memory budget that still suffices when this process has grown a little."""
     smallest = gangline.plan(folder, memory="64GiB").smallest_advised
-    return smallest + 16 * 2**20
+    return smallest + 64 * 2**20
 
 
 def test_pieces_are_evenly_cut(folder, tmp_path):
@@ -87,7 +87,7 @@ def test_every_exact_system_can_be_simulated_with_the_model_at_hand(folder, tmp_
 
 
 def test_the_choice_is_kept_and_followed(folder, tmp_path, monkeypatch):
-    memory = budget(folder, 12)
+    memory = budget(folder)
     monkeypatch.setattr("gangline.evaluation.tuning._MARGIN", 0.0)
     monkeypatch.setattr("gangline.evaluation.tuning._Tuning._live", _freetoken_wins)
     monkeypatch.setattr("gangline.runtime.planner.MemoryPlan.everything_resident", False)
