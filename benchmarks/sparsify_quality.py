@@ -29,6 +29,7 @@ import demo_text
 
 PEER = "unpruned demo"
 NAME = "sparsify_quality"
+RECIPES = (*METHODS, "sparsegpt+damping=0.1+reconstruct=2")
 
 
 def mixed_text(names: list[str], tokens: int, work: Path) -> str:
@@ -46,14 +47,20 @@ def mixed_text(names: list[str], tokens: int, work: Path) -> str:
 def settings_of(recipe: str, pattern: str, values: str, permute: bool) -> SparsifySettings:
     """The settings that a recipe stands for."""
     method, *more = recipe.split("+")
-    options = dict(option.split("=") for option in more)
+    options = {"reconstruct": "0", "distill": "0", "damping": "0.01"}
+    for option in more:
+        name, _, value = option.partition("=")
+        if name not in options:
+            raise SystemExit(f"{recipe}: {name} is none of {', '.join(options)}")
+        options[name] = value
     return SparsifySettings(
         pattern,
         cast(Method, method),
         values,
         permute=permute,
-        reconstruct=int(options.pop("reconstruct", 0)),
-        distill_tokens=int(options.pop("distill", 0)),
+        reconstruct=int(options["reconstruct"]),
+        distill_tokens=int(options["distill"]),
+        damping=float(options["damping"]),
     )
 
 
@@ -105,7 +112,7 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for texts, kept between runs")
     parser.add_argument("--patterns", nargs="*", default=["2:4", "3:4:32", "1:2:32"])
-    parser.add_argument("--recipes", nargs="*", default=[*METHODS, "sparsegpt+reconstruct=2"])
+    parser.add_argument("--recipes", nargs="*", default=list(RECIPES))
     parser.add_argument("--values", nargs="*", default=["bf16"], help="bf16, int8, int4, ...")
     parser.add_argument("--tokens", type=int, default=32768, help="calibration tokens")
     parser.add_argument("--held-out-tokens", type=int, default=8192)
@@ -114,7 +121,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="store benchmarks/results/sparsify_quality.json")
     args = parser.parse_args()
     torch.manual_seed(0)
-    calibration = mixed_text(list(demo_text.TRAIN_PACKAGES), args.tokens * 5 // 4, args.work)
+    longest = max(settings_of(recipe, "2:4", "bf16", False).distill_tokens for recipe in args.recipes)
+    texts_tokens = max(args.tokens, longest) * 5 // 4
+    calibration = mixed_text(list(demo_text.TRAIN_PACKAGES), texts_tokens, args.work)
     judged = mixed_text(list(demo_text.HELD_OUT_PACKAGES), args.held_out_tokens, args.work)
     texts = SparsifyTexts(calibration, judged, args.tokens, args.held_out_tokens)
     rows: list[Row] = []

@@ -55,6 +55,10 @@ def sparsify(
     min_tokens: Annotated[
         int, option("--min-tokens", help="Experts with fewer are calibrated on the layer's tokens.", min=1)
     ] = 128,
+    damping: Annotated[
+        float,
+        option("--damping", help="The larger, the more cautious corrections are; 0.1 for little text."),
+    ] = 0.01,
     permute: Annotated[
         bool, option("--permute", help="Order the intermediate channels so that more is kept.")
     ] = False,
@@ -97,6 +101,7 @@ def sparsify(
         method=method,
         precision=values or "stored",
         min_tokens=min_tokens,
+        damping=damping,
         permute=permute,
         reconstruct=reconstruct,
         distill_tokens=distill_tokens,

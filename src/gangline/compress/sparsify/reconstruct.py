@@ -26,7 +26,6 @@ from gangline.compress.sparsify.moments import Moments
 from gangline.compress.sparsify.walk import Routing, Step
 
 RIDGE = 0.3
-CG_STEPS = 24
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def _fit(down_DF: Tensor, h_NF: Tensor, missing_ND: Tensor, share_N: Tensor) -> 
     share_N = share_N / share_N.sum().clamp(min=1e-30)
     pull_DF = missing_ND.t() @ (h_NF * share_N[:, None])
     free_DF = down_DF + torch.cholesky_solve(pull_DF.t(), torch.linalg.cholesky(moments.damped_II)).t()
-    return refine(down_DF, free_DF, down_DF != 0, moments, CG_STEPS)
+    return refine(down_DF, free_DF, down_DF != 0, moments)
 
 
 def _outputs(experts: Sequence[PackedExpert], form: ExpertForm, routing: Routing) -> Tensor:
