@@ -22,7 +22,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from torch.nn import functional
 from torch.nn.functional import linear, silu
 
 from gangline.benchmarks.result import Row, compare, write_result
+from gangline.core.errors import GanglineError
 from gangline.core.layout import ExpertLayout, FieldSpec
 from gangline.formats.registry import sparse_codec
 from gangline.formats.samoyeds_arrays import prune_magnitude
@@ -67,6 +68,10 @@ READINGS = 15
 DEVICE = "cuda"
 FLUSH_BYTES = 256 << 20
 TOLERANCE = 2e-2
+
+
+class WrongResult(Exception):
+    """A kernel is missing or computes something else than its peers."""
 
 
 def swiglu(h_PG: Tensor) -> Tensor:
@@ -151,7 +156,7 @@ class Layer:
         of_experts = [tuple(raw[expert] for raw in raws) for expert in range(shape.experts)]
         self.ours = SamoyedsLayer(ExpertLayout(tuple(fields)), ExpertMath(swiglu), of_experts, timings=())
         if self.ours.sparse is None:
-            raise SystemExit(f"no GPU kernel for {shape.name} in {codec}: {self.ours.reason}")
+            raise WrongResult(f"no GPU kernel: {self.ours.reason}")
         kernel = self.ours.sparse
         self.table = kernel.table([kernel.bind(raw) for raw in of_experts])
         self.semi_EGD = [_semi_structured(w) for w in self.gate_up_EGD]
@@ -169,6 +174,11 @@ class Layer:
         """Our kernels."""
         assert self.ours.sparse is not None
         return self.ours.sparse.forward(self.x_TD, self.ids_TK, self.weights_TK, self.table)
+
+    def wide(self) -> Tensor:
+        """Our Hopper kernel."""
+        assert self.ours.sparse is not None
+        return self.ours.sparse.forward(self.x_TD, self.ids_TK, self.weights_TK, self.table, wide=True)
 
     def grouped(self) -> Tensor:
         """torch's grouped product over the dense weights."""
@@ -203,7 +213,7 @@ class Layer:
 
 def layer_rows(layer: Layer, clock: Clock, limits: Limits) -> tuple[list[Row], Timing]:
     """Rows of one layer and number of tokens, and its entry for the dispatcher's table."""
-    shape, tokens = layer.shape, len(layer.x_TD)
+    shape = layer.shape
     peers: dict[str, Callable[[], Tensor]] = {
         "torch grouped_mm, dense bf16": layer.grouped,
         "torch dense bf16, expert by expert": lambda: layer.by_expert(layer.gate_up_EGD, layer.down_EDF),
@@ -211,27 +221,30 @@ def layer_rows(layer: Layer, clock: Clock, limits: Limits) -> tuple[list[Row], T
             layer.semi_EGD, layer.semi_EDF
         ),
     }
+    kernels: dict[str, Callable[[], Tensor]] = {"mma.sp": layer.sparse}
+    if layer.ours.sparse is not None and layer.ours.sparse.wide is not None:
+        kernels["wgmma"] = layer.wide
     want = layer.grouped().float()
-    for name, run in {"ours": layer.sparse, **peers}.items():
+    for name, run in {**kernels, **peers}.items():
         error = float((run().float() - want).norm() / want.norm())
         if not error < TOLERANCE:
-            raise SystemExit(f"{name} is wrong for {shape.name}, {tokens} tokens: relative error {error:.2g}")
-    ours, _ = clock(layer.sparse)
-    work = f"{shape.name} {layer.codec}, {tokens} tokens, layer"
-    share = layer.bound_us(limits) / statistics.median(ours)
+            raise WrongResult(f"{name}: relative error {error:.2g}")
+    ours = {name: clock(run)[0] for name, run in kernels.items()}
+    of_peers = {name: _readings(clock, run) for name, run in peers.items()}
     rows = []
-    for name, run in peers.items():
-        readings, captured = _readings(clock, run)
-        peer = name if captured else f"{name} (no CUDA graph)"
-        rows.append(
-            compare(
-                work, "us", ours, peer, readings, higher_is_better=False, bound_shares=[share] * len(ours)
+    for kernel, times in ours.items():
+        work = f"{shape.name} {layer.codec}, {len(layer.x_TD)} tokens, layer, {kernel}"
+        shares = [layer.bound_us(limits) / statistics.median(times)] * len(times)
+        for name, (readings, captured) in of_peers.items():
+            peer = name if captured else f"{name} (no CUDA graph)"
+            rows.append(
+                compare(work, "us", times, peer, readings, higher_is_better=False, bound_shares=shares)
             )
-        )
     dense_us, _ = clock(layer.decoded, capture=False)
-    medians = (statistics.median(ours), statistics.median(dense_us))
-    sizes = (shape.hidden, shape.intermediate, shape.experts, shape.top_k, tokens)
-    return rows, Timing(torch.cuda.get_device_name(), layer.codec, *sizes, *medians)
+    sizes = (shape.hidden, shape.intermediate, shape.experts, shape.top_k, len(layer.x_TD))
+    medians = (statistics.median(ours["mma.sp"]), statistics.median(dense_us))
+    wide = statistics.median(ours["wgmma"]) if "wgmma" in ours else None
+    return rows, Timing(torch.cuda.get_device_name(), layer.codec, *sizes, *medians, wide)
 
 
 def matrix_rows(layer: Layer, clock: Clock, limits: Limits) -> Iterator[Row]:
@@ -246,7 +259,7 @@ def matrix_rows(layer: Layer, clock: Clock, limits: Limits) -> Iterator[Row]:
 
     def product() -> Tensor:
         kernel.down(table, starts, None, h_TF, y_STD, tile)
-        return y_STD.sum(0)
+        return y_STD[0] if len(y_STD) == 1 else y_STD.sum(0)
 
     ours, _ = clock(product)
     nbytes = kernel.down.shape.codec.nbytes((shape.hidden, shape.intermediate))
@@ -281,31 +294,58 @@ def _grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     return grouped_mm(x, w, offs=ends)
 
 
-def measure(shapes: tuple[LayerShape, ...], seconds: float) -> tuple[list[Row], list[Timing], list[str]]:
-    """Rows, entries of the table, and what there was no time for."""
-    start, clock = time.monotonic(), Clock()
+@dataclass
+class Measured:
+    """What one run found.
+
+    Attributes:
+        rows: for the result.
+        timings: for the dispatcher's table.
+        left: what there was no time for.
+        failed: what went wrong, in words; the rest was measured all the same.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+
+def measure(shapes: tuple[LayerShape, ...], seconds: float) -> Measured:
+    """Measure all shapes; one that fails is named and passed over."""
+    start, clock, found = time.monotonic(), Clock(), Measured()
     limits = Limits.measure(clock)
-    rows, timings, left = [], [], []
     for shape in shapes:
         for codec, most in CODECS.items():
+            name = f"{shape.name} {codec}"
             if time.monotonic() - start > seconds:
-                left.append(f"{shape.name} {codec}")
+                found.left.append(name)
                 continue
-            layer = Layer(shape, codec)
-            for tokens in TOKENS:
-                if tokens > most:
-                    continue
+            try:
+                layer = Layer(shape, codec)
+            except (GanglineError, WrongResult, RuntimeError) as error:
+                found.failed.append(f"{name}: {error}")
+                continue
+            for tokens in (tokens for tokens in TOKENS if tokens <= most):
                 if time.monotonic() - start > seconds:
-                    left.append(f"{shape.name} {codec}, {tokens} tokens")
+                    found.left.append(f"{name}, {tokens} tokens")
                     continue
-                layer.route(tokens)
-                of_layer, timing = layer_rows(layer, clock, limits)
-                rows += [*of_layer, *matrix_rows(layer, clock, limits)]
-                timings.append(timing)
-                _show(rows[-len(of_layer) - 2 :])
+                _measure_tokens(layer, tokens, clock, limits, found)
             del layer
             torch.cuda.empty_cache()
-    return rows, timings, left
+    return found
+
+
+def _measure_tokens(layer: Layer, tokens: int, clock: Clock, limits: Limits, found: Measured) -> None:
+    try:
+        layer.route(tokens)
+        of_layer, timing = layer_rows(layer, clock, limits)
+        found.rows += [*of_layer, *matrix_rows(layer, clock, limits)]
+        found.timings.append(timing)
+        _show(found.rows[-len(of_layer) - 2 :])
+    except (GanglineError, WrongResult, RuntimeError) as error:
+        found.failed.append(f"{layer.shape.name} {layer.codec}, {tokens} tokens: {error}")
+        print(found.failed[-1])
 
 
 def _show(rows: list[Row]) -> None:
@@ -324,11 +364,16 @@ def main() -> None:
     arguments = parser.parse_args()
     shapes = tuple(s for s in SHAPES if not arguments.shape or s.name in arguments.shape)
     torch.manual_seed(0)
-    rows, timings, left = measure(shapes, arguments.seconds)
-    write_result(arguments.out.stem, rows, folder=arguments.out.parent, machine={"left_out": left})
+    found = measure(shapes, arguments.seconds)
+    about = {"left_out": found.left, "failed": found.failed}
+    if found.rows:
+        write_result(arguments.out.stem, found.rows, folder=arguments.out.parent, machine=about)
     if arguments.table:
-        arguments.table.write_text(json.dumps([asdict(entry) for entry in timings], indent=1) + "\n")
-    print(f"{len(rows)} rows in {arguments.out}; no time for: {', '.join(left) or 'nothing'}")
+        entries = [asdict(entry) for entry in found.timings]
+        arguments.table.write_text(json.dumps(entries, indent=1) + "\n")
+    print(f"{len(found.rows)} rows in {arguments.out}; no time for: {', '.join(found.left) or 'nothing'}")
+    if found.failed:
+        raise SystemExit("failed: " + "; ".join(found.failed))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ using u32 = unsigned int;
 using u64 = unsigned long long;
 using i32 = int;
 
-#define GANGLINE_SHARED(name) extern __shared__ __align__(128) u8 name[]
+#define GANGLINE_SHARED(name) extern __shared__ __align__(1024) u8 name[]
 
 namespace ptx {
 

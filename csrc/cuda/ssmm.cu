@@ -210,20 +210,6 @@ __device__ inline void store(const Sums<S>& sums, const Work<S>& work, const Lan
   }
 }
 
-// The last e with tiles[e] <= tile: experts without tokens have no tile.
-__device__ inline i32 expert_of(const i32* tiles, i32 experts, i32 tile) {
-  i32 low = 0, high = experts;
-  while (high - low > 1) {
-    const i32 middle = (low + high) / 2;
-    if (tiles[middle] <= tile) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
 }  // namespace ssmm
 
 using KernelShape = ssmm::Shape<values::GANGLINE_VALUES, GANGLINE_SETS, GANGLINE_GATED, GANGLINE_WM, GANGLINE_WN,

@@ -13,20 +13,15 @@
 // stores; token slots past an expert's last are zeros.
 #pragma once
 
+#include <experts.cuh>
 #include <values.cuh>
 
 namespace ssmm {
 
-constexpr i32 TILE = 16;
-constexpr i32 STEP = 32;  // columns of one mma.sp
-
-// Rows of one expert's matrix; see formats/samoyeds.py for the bytes.
-struct Part {
-  const u8* values;
-  const u8* meta;
-  const u8* scales;
-  const u8* sub;
-};
+using samoyeds::Part;
+using samoyeds::STEP;
+using samoyeds::TILE;
+using samoyeds::expert_of;
 
 struct Extent {
   i32 columns;      // K, filled up to a multiple of 64

@@ -1,5 +1,6 @@
 """Sparse experts that all lie on a GPU: a GPU that is emulated on the CPU, and every refusal."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,19 @@ def test_without_a_gpu_nothing_changes(tmp_path: Path, seed: int) -> None:
 def test_a_built_model_stays_on_the_processor(seed: int) -> None:
     with pytest.raises(UsageError, match=r"only gangline.load takes a device"):
         gangline.attach(tiny_model("mixtral", seed=seed), device="cuda")
+
+
+@pytest.mark.gpu
+def test_a_model_on_a_real_gpu(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompt and decode through the sparse kernels, next to the processor's answer."""
+    folder = write_sparse(tmp_path, seed)
+    times = [replace(timing, device=torch.cuda.get_device_name(0)) for timing in MEASURED]
+    for module in (choice, gpu):
+        monkeypatch.setattr(module, "measured_timings", lambda: tuple(times))
+    ids = torch.randint(3, 90, (1, TOKENS + 1))
+    with gangline.load(folder, device="cpu").gangline as runtime:
+        want = logits(runtime._model, ids)
+    ours = gangline.load(folder)
+    with ours.gangline as runtime:
+        assert runtime.gpu is not None
+        assert (logits(ours, ids) - want).norm() < 0.03 * want.norm()

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import hashlib
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 from gangline.kernels.cuda.compiler import KernelBuild
@@ -44,10 +46,13 @@ def _compile(arguments: list[str]) -> None:
 
 
 @functools.cache
-def _fibers() -> str:
-    path = str(Path(_folder().name, "fibers.o"))
-    _compile(["-c", str(_HERE / "fibers.cpp"), "-o", path])
-    return path
+def _machine() -> tuple[str, ...]:
+    """Object files of the emulated GPU."""
+    objects = []
+    for name in ("fibers", "warpgroups"):
+        objects.append(str(Path(_folder().name, f"{name}.o")))
+        _compile(["-c", str(_HERE / f"{name}.cpp"), "-o", objects[-1]])
+    return tuple(objects)
 
 
 @functools.cache
@@ -64,7 +69,7 @@ def library(build: KernelBuild) -> ctypes.CDLL:
         )
     ]
     includes = [f"-I{_HERE}", f"-I{source_folder()}"]
-    _compile(["-shared", *includes, *macros, str(_HERE / "run.cpp"), _fibers(), "-o", str(path)])
+    _compile(["-shared", *includes, *macros, str(_HERE / "run.cpp"), *_machine(), "-o", str(path)])
     loaded = ctypes.CDLL(str(path))
     loaded.emulated_run.restype = ctypes.c_char_p
     return loaded
@@ -88,6 +93,12 @@ class EmulatedLauncher:
     arch: str = "sm_90a"
     multiprocessors: int = 1
     started: list[Launch] = field(default_factory=list)
+
+    def tensor_map(self, address: int, *, columns: int, rows: int, box: tuple[int, int]) -> Tensor:
+        """As ``emulated/fibers.hpp`` reads it."""
+        kind = int.from_bytes(b"tilemap", "little")
+        words = struct.pack("<7Q", address, columns, rows, 2 * columns, *box, kind)
+        return torch.frombuffer(bytearray(words.ljust(128, b"\0")), dtype=torch.uint8)
 
     def __call__(self, launch: Launch, arguments: Sequence[Argument]) -> None:
         self.started.append(launch)

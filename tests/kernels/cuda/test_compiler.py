@@ -6,11 +6,16 @@ import torch
 from gangline.core.home import cache_dir
 from gangline.formats.registry import sparse_codec
 from gangline.formats.samoyeds import SamoyedsCodec
+from gangline.kernels.cpu.gates import GateForm
 from gangline.kernels.cuda import compiler
 from gangline.kernels.cuda.compiler import KernelBuild, compile_cubin, compiler_missing
 from gangline.kernels.cuda.errors import CudaKernelError
 from gangline.kernels.cuda.launcher import CudaLauncher
+from gangline.kernels.cuda.samoyeds_matrices import PartShape
+from gangline.kernels.cuda.samoyeds_wgmma import WideProduct
 from gangline.kernels.cuda.tiles import DECODE_8, DECODE_16, MANY, SOME, Tile, defines, stage_of
+from kernels.cuda.emulated_rig import EmulatedLauncher
+from kernels.cuda.sparse_rig import field
 
 COMBINE = KernelBuild("combine.cu", "gangline_combine")
 GATE = KernelBuild("gate.cu", "gangline_gate", (("GANGLINE_ACTIVATION", "0"),))
@@ -41,6 +46,15 @@ def ssmm(codec_name: str, tile: Tile, arch: str, *, gated: bool, split: bool = F
 )
 def test_products_compile(codec: str, tile: Tile, gated: bool, arch: str) -> None:
     assert compile_cubin(ssmm(codec, tile, arch, gated=gated), arch).startswith(ELF)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("pattern", ["1:2:64", "1:1:32"])
+def test_hopper_products_compile(pattern: str, gated: bool) -> None:
+    shape = PartShape.of(field("down", (256, 256), f"samoyeds:{pattern}/bf16"))
+    product = WideProduct(shape, EmulatedLauncher(), GateForm("silu") if gated else None)
+    assert compile_cubin(product.build(), "sm_90a").startswith(ELF)
 
 
 @needs_nvrtc

@@ -14,6 +14,7 @@ from gangline.kernels.cuda.launcher import CudaLauncher, cuda_missing
 from gangline.kernels.cuda.samoyeds import SamoyedsKernel
 from gangline.kernels.cuda.samoyeds_matrices import PartShape, address_table
 from gangline.kernels.cuda.samoyeds_product import SparseProduct
+from gangline.kernels.cuda.samoyeds_wgmma import ARCH, WideProduct
 from gangline.kernels.cuda.tiles import TILES, Tile, choose_tile
 from gangline.kernels.reference import ExpertMath
 from kernels.cuda.sparse_rig import SparseExperts, decoded, encoded, field
@@ -23,8 +24,12 @@ pytestmark = pytest.mark.gpu
 CANARY = -7.0
 PATTERNS = ("1:2:32", "1:2:64", "1:2:128", "1:2:256", "1:1:32")
 LAYERS = ("samoyeds:1:2:128/bf16", "samoyeds:1:1:32/bf16", "samoyeds:1:2:64/int4g32")
-CODES = ("int8g32", "int8g128", "int4g32", "int4g64")
-every_tile = pytest.mark.parametrize("tile", TILES, ids=lambda tile: str(tile.tokens))
+CODES = (("1:2:32", "int8g32"), ("1:1:32", "int8g128"), ("1:2:128", "int4g32"), ("1:2:32", "int4g64"))
+COUNTS = (0, 1, 7, 8, 9, 63, 64, 65, 0, 129)
+every_tile = pytest.mark.parametrize(
+    "tile", [*TILES, None], ids=lambda tile: "wgmma" if tile is None else str(tile.tokens)
+)
+every_small_tile = pytest.mark.parametrize("tile", TILES, ids=lambda tile: str(tile.tokens))
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +40,13 @@ def launcher() -> CudaLauncher:
     return CudaLauncher(torch.device("cuda", torch.cuda.current_device()))
 
 
+@pytest.fixture(autouse=True)
+def _needs_hopper(request: pytest.FixtureRequest, launcher: CudaLauncher) -> None:
+    """Skip what only one architecture has."""
+    if "wgmma" in request.node.name and launcher.arch != ARCH:
+        pytest.skip(f"needs {ARCH}; this is {launcher.arch}")
+
+
 def product(
     launcher: CudaLauncher,
     codec: str,
@@ -43,16 +55,25 @@ def product(
     x: Tensor,
     rows_P: Tensor | None,
     starts: Sequence[int],
-    tile: Tile,
+    tile: Tile | None,
 ) -> Tensor:
-    """Products of experts with their rows; rows of nobody keep the canary."""
+    """Products of experts with their rows, by the Hopper kernel if no tile is given.
+
+    Rows of nobody keep the canary.
+    """
     part = PartShape.of(field("down", shape, codec))
     there = [raw.to(launcher.device) for raw in raws]
     out = torch.full((len(x) if rows_P is None else len(rows_P), shape[0]), CANARY, device=launcher.device)
-    table = address_table([[part.addresses(raw, shape[0])] for raw in there], launcher.device)
+    addresses = [[part.addresses(raw, shape[0])] for raw in there]
+    table = address_table(addresses, launcher.device)
     starts_E1 = torch.tensor(list(starts), dtype=torch.int32, device=launcher.device)
     rows = None if rows_P is None else rows_P.to(launcher.device)
-    SparseProduct(part, launcher)(table, starts_E1, rows, x.to(launcher.device), out, tile)
+    if tile is not None:
+        SparseProduct(part, launcher)(table, starts_E1, rows, x.to(launcher.device), out, tile)
+    else:
+        hopper = WideProduct(part, launcher)
+        maps = hopper.maps(addresses, launcher.device)
+        hopper(table, maps, starts_E1, rows, x.to(launcher.device), out)
     return out.cpu()
 
 
@@ -72,9 +93,10 @@ def test_product_with_the_identity_is_the_matrix(
 def test_whole_numbers_are_exact(
     shape: tuple[int, int], tile: Tile, launcher: CudaLauncher, seed: int
 ) -> None:
-    codec, counts = "samoyeds:1:2:128/bf16", (0, 1, 7, 8, 9, 63, 64, 65, 0, 129)
-    raws = [encoded(codec, shape, whole=True) for _ in counts]
-    starts = list(itertools.accumulate(counts, initial=0))
+    codec, few = "samoyeds:1:2:128/bf16", 3
+    made = [encoded(codec, shape, whole=True) for _ in range(few)]
+    raws = [made[expert % few] for expert in range(len(COUNTS))]
+    starts = list(itertools.accumulate(COUNTS, initial=0))
     x = torch.randint(-4, 5, (50, shape[1])).to(torch.bfloat16)
     rows = torch.randint(0, 50, (starts[-1] + 3,), dtype=torch.int32)
     got = product(launcher, codec, raws, shape, x, rows, starts, tile)
@@ -84,9 +106,8 @@ def test_whole_numbers_are_exact(
     assert torch.equal(got, want)
 
 
-@every_tile
-@pytest.mark.parametrize("pattern", ["1:2:32", "1:2:128", "1:1:32"])
-@pytest.mark.parametrize("values", CODES)
+@every_small_tile
+@pytest.mark.parametrize(("pattern", "values"), CODES)
 def test_codes_with_scales(values: str, pattern: str, tile: Tile, launcher: CudaLauncher, seed: int) -> None:
     codec, shape = f"samoyeds:{pattern}/{values}", (704, 1096)
     raw, x = encoded(codec, shape), torch.randn(77, shape[1]).to(torch.bfloat16)
@@ -133,3 +154,19 @@ def test_whole_layers(codec: str, tokens: int, launcher: CudaLauncher, seed: int
     got_TD = kernel.forward(*there, table)
     assert relative_error(got_TD.cpu(), experts.layer(x_TD, ids_TK, weights_TK)) < 4e-3
     assert torch.equal(kernel.forward(*there, table), got_TD)
+
+
+@pytest.mark.parametrize("tokens", [3, 130, 700])
+@pytest.mark.parametrize("codec", LAYERS[:2])
+def test_whole_layers_by_wgmma(codec: str, tokens: int, launcher: CudaLauncher, seed: int) -> None:
+    """Two runs give the same bits, near to those of the other kernels."""
+    experts = SparseExperts.random(codec, 512, 384, 6, split=bool(seed & 1))
+    kernel = SamoyedsKernel(experts.layout, ExpertMath(swiglu), launcher)
+    table = kernel.table([kernel.bind(raws) for raws in experts.on(launcher.device)])
+    x_TD = torch.randn(tokens, 512).to(torch.bfloat16)
+    ids_TK, weights_TK = torch.rand(tokens, 7).argsort(dim=-1)[:, :3], torch.rand(tokens, 3)
+    there = [part.to(launcher.device) for part in (x_TD, ids_TK, weights_TK)]
+    got_TD = kernel.forward(*there, table, wide=True)
+    assert relative_error(got_TD.cpu(), experts.layer(x_TD, ids_TK, weights_TK)) < 4e-3
+    assert torch.equal(kernel.forward(*there, table, wide=True), got_TD)
+    assert relative_error(got_TD.cpu(), kernel.forward(*there, table).float().cpu()) < 4e-3

@@ -14,7 +14,7 @@ import torch
 from gangline.core.errors import FormatError
 from gangline.kernels.cuda import choice
 from gangline.kernels.cuda.choice import SamoyedsLayer
-from gangline.kernels.cuda.measured import Timing, measured_timings, sparse_is_faster
+from gangline.kernels.cuda.measured import Timing, fastest, measured_timings
 from gangline.kernels.cuda.routing import most_tiles, route_on_device, token_tiles
 from gangline.kernels.cuda.samoyeds import SamoyedsKernel
 from gangline.kernels.cuda.tiles import TILES, choose_tile
@@ -27,25 +27,27 @@ from kernels.expert_rig import relative_error, swiglu
 CODEC = "samoyeds:1:2:32/bf16"
 
 
-def timing(tokens: int, sparse: float, dense: float) -> Timing:
-    return Timing("emulated", CODEC, 64, 32, 4, 2, tokens, sparse, dense)
+def timing(tokens: int, sparse: float, dense: float, wide: float | None = None) -> Timing:
+    return Timing("emulated", CODEC, 64, 32, 4, 2, tokens, sparse, dense, wide)
 
 
 def test_measured_table_decides(seed: int) -> None:
     experts = SparseExperts.random(CODEC, 64, 32, 4)
     launcher = EmulatedLauncher(seed)
-    timings = [timing(4, 1.0, 2.0), timing(64, 2.0, 1.0)]
+    timings = [timing(4, 1.0, 2.0), timing(64, 2.0, 1.0), timing(400, 2.0, 3.0, 1.0)]
     layer = SamoyedsLayer(
         experts.layout, ExpertMath(swiglu), experts.raws, timings=timings, launcher=launcher
     )
-    for tokens, sparse in ((4, True), (2, True), (64, False), (1024, False)):
+    product = {"sparse": "gangline_ssmm", "wide": "gangline_wgmma"}
+    for tokens, way in ((4, "sparse"), (2, "sparse"), (64, "dense"), (300, "wide"), (2000, "dense")):
         x_TD = torch.randn(tokens, 64).to(torch.bfloat16)
         ids_TK = torch.rand(tokens, 4).argsort(dim=-1)[:, :2]
         weights_TK = torch.rand(tokens, 2)
         launcher.readable = [x_TD, *itertools.chain.from_iterable(experts.raws)]
         launcher.started.clear()
         got_TD = layer(x_TD, ids_TK, weights_TK)
-        assert bool(launcher.started) == sparse
+        names = [launch.build.name for launch in launcher.started]
+        assert names == ([] if way == "dense" else [product[way], product[way], "gangline_combine"])
         # The dense path rounds weights, products and the intermediate to bf16.
         assert relative_error(got_TD, experts.layer(x_TD, ids_TK, weights_TK)) < 1e-2
 
@@ -73,14 +75,14 @@ def test_without_a_gpu_the_layer_is_dense_and_says_why(seed: int) -> None:
 
 
 def test_entries_speak_for_their_neighbourhood_only() -> None:
-    timings = (timing(4, 1.0, 2.0), timing(64, 2.0, 1.0))
+    timings = (timing(4, 1.0, 2.0), timing(64, 2.0, 1.0), timing(1024, 2.0, 3.0, 1.0))
     asked = [
-        sparse_is_faster(timings, "emulated", CODEC, (64, 32), load)
-        for load in (0.5, 2.0, 3.9, 9.0, 33.0, 65.0)
+        fastest(timings, "emulated", CODEC, (64, 32), load)
+        for load in (0.5, 2.0, 3.9, 9.0, 33.0, 65.0, 600.0)
     ]
-    assert asked == [None, True, True, None, False, None]
-    assert sparse_is_faster(timings, "another", CODEC, (64, 32), 2.0) is None
-    assert sparse_is_faster(timings, "emulated", CODEC, (64, 64), 2.0) is None
+    assert asked == [None, "sparse", "sparse", None, "dense", None, "wide"]
+    assert fastest(timings, "another", CODEC, (64, 32), 2.0) is None
+    assert fastest(timings, "emulated", CODEC, (64, 64), 2.0) is None
 
 
 def test_table_of_the_package_is_readable(tmp_path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gangline.core.layout import ExpertLayout
 from gangline.kernels.cuda.launcher import CudaLauncher, Launcher, cuda_missing
-from gangline.kernels.cuda.measured import Timing, measured_timings, sparse_is_faster
+from gangline.kernels.cuda.measured import Timing, Way, fastest, measured_timings
 from gangline.kernels.cuda.samoyeds import SamoyedsKernel
 from gangline.kernels.grouping import group_by_expert
 from gangline.kernels.reference import ExpertMath, ReferenceKernel
@@ -63,22 +63,25 @@ class SamoyedsLayer:
 
     def __call__(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Return ``[T, D]`` in the dtype of ``x_TD``: weighted outputs, added in ascending expert id."""
-        if self.sparse is not None and self.takes_sparse(x_TD, ids_TK.shape[1]):
-            return self.sparse.forward(x_TD, ids_TK, weights_TK, self._table)
-        return self.dense(x_TD, ids_TK, weights_TK)
+        way = self.way(x_TD, ids_TK.shape[1])
+        if self.sparse is None or way == "dense":
+            return self.dense(x_TD, ids_TK, weights_TK)
+        return self.sparse.forward(x_TD, ids_TK, weights_TK, self._table, wide=way == "wide")
 
-    def takes_sparse(self, x_TD: Tensor, top_k: int) -> bool:
-        """Whether the sparse kernel was measured to be the faster for so many tokens."""
+    def way(self, x_TD: Tensor, top_k: int) -> Way:
+        """What was measured to be the fastest for so many tokens; dense where nothing was."""
         if self.sparse is None or x_TD.dtype != torch.bfloat16 or not len(x_TD):
-            return False
+            return "dense"
         device = device_name(self._device)
         codecs = {spec.codec for spec in self._layout.fields}
         load = len(x_TD) * top_k / len(self._dense_weights)
         codec = codecs.pop() if len(codecs) == 1 else ""
-        faster = sparse_is_faster(self._timings, device, codec, self._layout.fields[-1].shape, load)
-        if faster is None:
+        found = fastest(self._timings, device, codec, self._layout.fields[-1].shape, load)
+        if found is None:
             _say_once(device, codec)
-        return bool(faster)
+        # Another GPU of the same name may lack what the measured one had.
+        usable = found is not None and (found != "wide" or self.sparse.wide is not None)
+        return found if found is not None and usable else "dense"
 
     def dense(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The layer by decoding one expert after the other; right for every codec and device."""

@@ -1,6 +1,7 @@
 """Load compiled kernels and start them on torch's current stream."""
 
 import ctypes
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -43,6 +44,20 @@ class Launcher(Protocol):
     @property
     def multiprocessors(self) -> int:
         """How many blocks run at once at least."""
+        ...
+
+    def tensor_map(self, address: int, *, columns: int, rows: int, box: tuple[int, int]) -> Tensor:
+        """Return 128 bytes (uint8, on the CPU) that tell Hopper's copy engine of a matrix.
+
+        Args:
+            address: of its first element, on the device.
+            columns: bf16 numbers of a row; rows follow each other without gaps.
+            rows: of the matrix; what a tile has beyond them is zero.
+            box: columns and rows of a tile; 64 columns, swizzled within 128 bytes.
+
+        Raises:
+            CudaKernelError: the driver refuses.
+        """
         ...
 
     def __call__(self, launch: Launch, arguments: Sequence[Argument]) -> None:
@@ -91,6 +106,31 @@ class CudaLauncher:
     def multiprocessors(self) -> int:
         """See ``Launcher.multiprocessors``."""
         return int(self._multiprocessors)
+
+    def tensor_map(self, address: int, *, columns: int, rows: int, box: tuple[int, int]) -> Tensor:
+        """See ``Launcher.tensor_map``."""
+        from cuda.bindings import driver
+
+        wide, narrow = driver.cuuint64_t, driver.cuuint32_t
+        status, made = driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            2,
+            address,
+            [wide(columns), wide(rows)],
+            [wide(2 * columns)],
+            [narrow(size) for size in box],
+            [narrow(1), narrow(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+        if int(status) != 0:
+            raise CudaKernelError(
+                f"the driver makes no tensor map of {rows} x {columns} numbers ({status}); use the dense path"
+            )
+        words = struct.pack("<16Q", *(int(word) for word in made.opaque))
+        return torch.frombuffer(bytearray(words), dtype=torch.uint8)
 
     def __call__(self, launch: Launch, arguments: Sequence[Argument]) -> None:
         """See ``Launcher``; CudaKernelError if the kernel does not compile or does not fit the GPU."""

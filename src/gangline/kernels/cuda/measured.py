@@ -1,4 +1,4 @@
-"""Which is faster for a shape, the sparse kernel or decompress-and-dense: what a GPU measured.
+"""Which is faster for a shape, sparse kernels or decompress-and-dense: what a GPU measured.
 
 The table is ``samoyeds_times.json``, written by ``benchmarks/samoyeds/gpu_layer.py --table``. Nothing is
 guessed: where no entry is near, the answer is that nothing is known.
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 _TABLE = Path(__file__).with_name("samoyeds_times.json")
 # An entry speaks for loads of up to so many times more or fewer tokens an expert.
@@ -30,6 +31,7 @@ class Timing:
         tokens: T.
         sparse_us: microseconds of the sparse kernels.
         dense_us: microseconds of decoding the experts and dense products.
+        wide_us: microseconds of the Hopper kernel; None where it cannot serve.
     """
 
     device: str
@@ -41,6 +43,7 @@ class Timing:
     tokens: int
     sparse_us: float
     dense_us: float
+    wide_us: float | None = None
 
     @property
     def load(self) -> float:
@@ -59,10 +62,14 @@ def is_measured(timings: Sequence[Timing], device: str, codec: str, sizes: tuple
     return any((t.device, t.codec, (t.hidden, t.intermediate)) == (device, codec, sizes) for t in timings)
 
 
-def sparse_is_faster(
-    timings: tuple[Timing, ...], device: str, codec: str, sizes: tuple[int, int], load: float
-) -> bool | None:
-    """Whether the sparse kernel won where it was measured nearest, or None if it was not.
+Way = Literal["sparse", "wide", "dense"]
+"""The kernels for every GPU, the one for Hopper, and decompress-and-dense."""
+
+
+def fastest(
+    timings: Sequence[Timing], device: str, codec: str, sizes: tuple[int, int], load: float
+) -> Way | None:
+    """What won where it was measured nearest, or None if nothing was.
 
     Args:
         timings: the table.
@@ -79,4 +86,9 @@ def sparse_is_faster(
     if not near:
         return None
     distance, best = min(near, key=lambda entry: entry[0])
-    return best.sparse_us < best.dense_us if distance <= math.log(_REACH) else None
+    if distance > math.log(_REACH):
+        return None
+    times: dict[Way, float] = {"dense": best.dense_us, "sparse": best.sparse_us}
+    if best.wide_us is not None:
+        times["wide"] = best.wide_us
+    return min(times, key=times.__getitem__)

@@ -25,6 +25,7 @@ from gangline.kernels.cuda.launcher import Launch, Launcher
 from gangline.kernels.cuda.routing import DeviceRouting, route_on_device
 from gangline.kernels.cuda.samoyeds_matrices import Addresses, PartShape, address_table, cannot_split
 from gangline.kernels.cuda.samoyeds_product import SUM_THREADS, SparseProduct
+from gangline.kernels.cuda.samoyeds_wgmma import WideProduct, unsupported_wide
 from gangline.kernels.cuda.tiles import Tile, choose_tile, unsupported_codec
 from gangline.kernels.reference import ExpertMath
 
@@ -48,11 +49,16 @@ class SamoyedsWeights:
 
 @dataclass(eq=False, frozen=True)
 class ExpertTable:
-    """Addresses of several experts on the device, in the order in which ``starts`` counts them."""
+    """Addresses of several experts on the device, in the order in which ``starts`` counts them.
+
+    Tensor maps are there only where the Hopper kernel can serve.
+    """
 
     first_E24: Tensor
     down_E24: Tensor
     weights: tuple[SamoyedsWeights, ...]
+    first_maps_E2B: Tensor | None = None
+    down_maps_E2B: Tensor | None = None
 
 
 class SamoyedsKernel:
@@ -61,6 +67,7 @@ class SamoyedsKernel:
     Attributes:
         first: gate, up and activation.
         down: the down projection.
+        wide: both by the Hopper kernel; None where it cannot serve.
     """
 
     def __init__(self, layout: ExpertLayout, expert_math: ExpertMath, launcher: Launcher) -> None:
@@ -74,6 +81,9 @@ class SamoyedsKernel:
         gate = _gate(layout, expert_math)
         self.first = SparseProduct(PartShape.of(layout.fields[0], parts), launcher, gate)
         self.down = SparseProduct(PartShape.of(layout.fields[-1]), launcher)
+        products = (WideProduct(self.first.shape, launcher, gate), WideProduct(self.down.shape, launcher))
+        reasons = [unsupported_wide(product.shape.codec, launcher.arch) for product in products]
+        self.wide = products if reasons == [None, None] else None
 
     @staticmethod
     def supports(layout: ExpertLayout, expert_math: ExpertMath) -> str | None:
@@ -115,13 +125,15 @@ class SamoyedsKernel:
     def table(self, weights: Sequence[SamoyedsWeights]) -> ExpertTable:
         """Return the addresses of experts, ready for :meth:`forward`."""
         device = weights[0].raws[0].device
-        return ExpertTable(
-            address_table([w.first for w in weights], device),
-            address_table([(w.down,) for w in weights], device),
-            tuple(weights),
-        )
+        first, down = [w.first for w in weights], [(w.down,) for w in weights]
+        maps: tuple[Tensor, ...] = ()
+        if self.wide is not None:
+            maps = (self.wide[0].maps(first, device), self.wide[1].maps(down, device))
+        return ExpertTable(address_table(first, device), address_table(down, device), tuple(weights), *maps)
 
-    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, table: ExpertTable) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, table: ExpertTable, *, wide: bool = False
+    ) -> Tensor:
         """Return ``[T, D]`` bf16: the whole layer, weighted and added up in ascending expert id.
 
         Args:
@@ -129,8 +141,14 @@ class SamoyedsKernel:
             ids_TK: places in ``table``; others ("not mine") add nothing.
             weights_TK: mixing weights.
             table: all experts of the layer.
+            wide: by the Hopper kernel.
+
+        Raises:
+            FormatError: there is no Hopper kernel for these experts, or activations are not bf16.
         """
         routing = route_on_device(ids_TK, weights_TK, len(table.weights))
+        if wide:
+            return self._combine(self._wide_experts(x_TD, routing, table), routing)
         tile = choose_tile(len(x_TD), routing.token_P.numel(), len(table.weights))
         splits = self.down.splits(routing.token_P.numel(), len(table.weights), tile)
         y_SPD = self._experts(x_TD, routing.token_P, routing.starts, table, tile, splits)
@@ -166,6 +184,21 @@ class SamoyedsKernel:
             self.first(table.first_E24, starts_E1, token_P.contiguous(), x_TD.contiguous(), h_PF, tile)
             self.down(table.down_E24, starts_E1, None, h_PF, y_SPD, tile)
         return y_SPD
+
+    def _wide_experts(self, x_TD: Tensor, routing: DeviceRouting, table: ExpertTable) -> Tensor:
+        """``[1, P, D]``: outputs of every pair, not yet weighted."""
+        if self.wide is None or table.first_maps_E2B is None or table.down_maps_E2B is None:
+            raise FormatError("there is no Hopper kernel for these experts on this GPU; leave out wide=True")
+        if x_TD.dtype != torch.bfloat16:
+            raise FormatError(f"the GPU kernel takes bf16 activations, not {x_TD.dtype}; convert them first")
+        (first, down), token_P = self.wide, routing.token_P
+        h_PF = x_TD.new_empty(len(token_P), first.shape.out_rows)
+        y_1PD = x_TD.new_empty(1, len(token_P), down.shape.out_rows, dtype=torch.float32)
+        if len(token_P):
+            x_TD, starts = x_TD.contiguous(), routing.starts
+            first(table.first_E24, table.first_maps_E2B, starts, token_P, x_TD, h_PF)
+            down(table.down_E24, table.down_maps_E2B, starts, None, h_PF, y_1PD[0])
+        return y_1PD
 
     def _combine(self, y_SPD: Tensor, routing: DeviceRouting) -> Tensor:
         tokens, slots = routing.pair_TK.shape

@@ -16,9 +16,20 @@ from gangline.kernels.cuda.routing import most_tiles, token_tiles
 from gangline.kernels.cuda.samoyeds_matrices import ALIGN, PartShape
 from gangline.kernels.cuda.tiles import MANY, SOME, Stage, Tile, choose_splits, defines, stage_of
 
-_MOST_TILES = 65535  # blocks of a grid in its second direction
+MOST_TILES = 65535  # blocks of a grid in its second direction
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity", "swiglu_oai")
 SUM_THREADS = 128
+
+
+def activation_number(gate: GateForm | None) -> int:
+    """The macro ``GANGLINE_ACTIVATION``."""
+    return ACTIVATIONS.index(gate.name.removesuffix(":late")) if gate else 0
+
+
+def gate_numbers(gate: GateForm | None) -> tuple[float, float, int]:
+    """The last arguments of kernels that may apply a gate: alpha, limit, late."""
+    gate = gate or GateForm("identity")
+    return float(gate.alpha), float(gate.limit), int(gate.name.endswith(":late"))
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ class SparseProduct:
         Raises:
             FormatError: more pairs than one launch can have.
         """
-        if most_tiles(out.shape[-2], len(parts_E24), tile.tokens) > _MOST_TILES:
+        if most_tiles(out.shape[-2], len(parts_E24), tile.tokens) > MOST_TILES:
             raise FormatError(f"{out.shape[-2]} pairs are too many for one launch; feed fewer tokens at once")
         # Rows are copied 16 bytes at a time; a view into another tensor may start between.
         x = x if x.data_ptr() % ALIGN == 0 else x.clone()
@@ -79,9 +90,8 @@ class SparseProduct:
         """The kernel for a tile."""
         tile, stage = self._sizes(tile)
         gated = self.gate is not None
-        macros = defines(
-            self.shape.codec, tile, stage, gated=gated, activation=self._activation, split=gated and split
-        )
+        number = activation_number(self.gate)
+        macros = defines(self.shape.codec, tile, stage, gated=gated, activation=number, split=gated and split)
         return KernelBuild("ssmm.cu", "gangline_ssmm", macros)
 
     def _launch(
@@ -100,25 +110,17 @@ class SparseProduct:
         tensors = (parts_E24, starts, token_tiles(starts, tile.tokens), rows_P, x, out)
         self.launcher(
             Launch(self.build(tile, split=splits > 1), grid, tile.threads, stage.shared_bytes(tile)),
-            (*tensors, experts, splits, pairs, *self.shape.arguments(), *self._formula),
+            (*tensors, experts, splits, pairs, *self.shape.arguments(), *gate_numbers(self.gate)),
         )
 
     def _apply_gate(self, parts_S2PF: Tensor, starts: Tensor, out_PF: Tensor) -> None:
         splits, _, pairs, columns = parts_S2PF.shape
-        build = KernelBuild("gate.cu", "gangline_gate", (("GANGLINE_ACTIVATION", str(self._activation)),))
+        macros = (("GANGLINE_ACTIVATION", str(activation_number(self.gate))),)
+        build = KernelBuild("gate.cu", "gangline_gate", macros)
         self.launcher(
             Launch(build, (pairs, -(-columns // (4 * SUM_THREADS))), SUM_THREADS),
-            (parts_S2PF, starts[-1:], out_PF, pairs, columns, splits, *self._formula),
+            (parts_S2PF, starts[-1:], out_PF, pairs, columns, splits, *gate_numbers(self.gate)),
         )
-
-    @property
-    def _activation(self) -> int:
-        return ACTIVATIONS.index(self.gate.name.removesuffix(":late")) if self.gate else 0
-
-    @property
-    def _formula(self) -> tuple[float, float, int]:
-        gate = self.gate or GateForm("identity")
-        return float(gate.alpha), float(gate.limit), int(gate.name.endswith(":late"))
 
     def _row_blocks(self, tile: Tile) -> int:
         return -(-self.shape.row_tiles // (tile.wm if self.gate else 2 * tile.wm))

@@ -1,64 +1,15 @@
-#include "fibers.hpp"
-
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cstdint>
-#include <deque>
 #include <random>
-#include <string>
-#include <vector>
+
+#include "block.hpp"
 
 namespace emulated {
-namespace {
-
-struct Copy {
-  unsigned char* to;
-  const unsigned char* from;
-  bool real;
-  int group;
-};
-
-struct Fiber {
-  Place place{};
-  ucontext_t context{};
-  std::vector<char> stack;
-  int group = 0;
-  bool done = false;
-  std::deque<Copy> copies;
-};
-
-struct Meeting {
-  int here = 0, generation = 0, kind = -1;
-  std::vector<unsigned char> in, out;
-};
-
-struct Range {
-  const unsigned char* start;
-  std::size_t bytes;
-};
-
-struct Block {
-  std::vector<Fiber> fibers;
-  std::vector<Meeting> warps;
-  Meeting all;
-  std::vector<unsigned char> memory;
-  unsigned char* shared = nullptr;
-  std::size_t shared_bytes = 0;
-  std::vector<Range> readable;
-  ucontext_t scheduler{};
-  Fiber* current = nullptr;
-  bool late = true;
-  std::string failure;
-  Start start = nullptr;
-  void** args = nullptr;
-};
 
 Block block;
 
 void yield() { swapcontext(&block.current->context, &block.scheduler); }
 
-// Whether this fiber was the last to come; the others return once it has called `leave`.
 bool arrive_last(Meeting& meeting, int count) {
   if (++meeting.here == count) return true;
   for (const int generation = meeting.generation; generation == meeting.generation;) yield();
@@ -70,12 +21,17 @@ void leave(Meeting& meeting) {
   ++meeting.generation;
 }
 
+namespace {
+
 void arrive(const Copy& copy) {
   if (copy.real) {
     std::memcpy(copy.to, copy.from, 16);
   } else {
     std::memset(copy.to, 0, 16);
   }
+  const std::size_t chunk = (copy.to - block.shared) / 16;
+  block.unpublished[chunk] = 1;
+  block.current->unpublished.push_back(chunk);
 }
 
 void enter() {
@@ -89,8 +45,13 @@ void prepare(int x, int y, int count, std::size_t shared_bytes) {
   block.fibers.resize(count);
   block.warps.assign((count + 31) / 32, {});
   block.all = {};
-  block.memory.assign(shared_bytes + 128, 0xFF);
-  block.shared = block.memory.data() + (128 - reinterpret_cast<std::uintptr_t>(block.memory.data()) % 128);
+  block.groups.assign((count + GROUP - 1) / GROUP, {});
+  block.some.clear();
+  block.gates.clear();
+  block.tiles.clear();
+  block.unpublished.assign(shared_bytes / 16 + 1, 0);
+  block.memory.assign(shared_bytes + ALIGN, 0xFF);
+  block.shared = block.memory.data() + (ALIGN - reinterpret_cast<std::uintptr_t>(block.memory.data()) % ALIGN);
   block.shared_bytes = shared_bytes;
   for (int thread = 0; thread < count; ++thread) {
     Fiber& fiber = block.fibers[thread];

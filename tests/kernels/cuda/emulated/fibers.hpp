@@ -22,6 +22,26 @@ void barrier();
 void copy(void* to, const void* from, bool real);
 void commit();
 void wait(int left);
+void sync_some(int number, int threads);
+unsigned shared_offset(const void* at);
+
+// Hopper: barriers that count bytes, tiles, and products of a warpgroup that run when they are waited for, or at once.
+// Copies that their thread has not published are nothing that a product may read.
+void init_barrier(void* barrier, int count);
+void arrive(void* barrier, int expected_bytes);
+void wait_phase(void* barrier, int parity);
+void publish_writes();
+
+struct TileMap {  // what a tensor map says; the launcher of the tests writes it
+  unsigned long long base, columns, rows, pitch, box_columns, box_rows, kind;
+};
+constexpr unsigned long long TILE_MAP = 0x70616D656C6974;
+void load_tile(void* to, const TileMap* map, int column, int row, void* barrier);
+
+void begin_products();
+void product(float* d, unsigned long long a, unsigned long long b, unsigned positions, int selector, bool add);
+void commit_products();
+void wait_products(int left);
 
 // Operands and results of the 32 lanes of a warp's instruction: `all` turns the ones into the others when the last lane
 // has come, and this lane's result is the return value.

@@ -44,6 +44,8 @@ inline i32 block_y() { return emulated::self().block_y; }
 inline i32 block_threads() { return emulated::threads(); }
 inline void sync_block() { emulated::barrier(); }
 
+inline u32 shared_address(const void* pointer) { return emulated::shared_offset(pointer); }
+
 inline void copy16(void* to, const void* from, bool real) { emulated::copy(to, from, real); }
 inline void commit() { emulated::commit(); }
 template <int LEFT>
