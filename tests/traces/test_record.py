@@ -90,7 +90,8 @@ def test_padding_is_left_out_and_rows_find_their_document(seed, tmp_path):
 def test_generation_has_one_prefill_and_one_pass_per_token(seed, tmp_path):
     model = tiny_model("qwen3_moe", seed, dtype=torch.float32).eval()
     with TraceWriter(tmp_path, describe_recording(model, "tiny", source="generation")) as writer:
-        settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        # No token ends an answer: forbidding one until then would have another follow than the likeliest.
+        settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         record_generation(model, Recorder(writer), items(seed), settings=settings)
     trace = open_trace(tmp_path)
     assert trace.tokens.phase.tolist() == [0] * 7 + [1] * 4 + [0] * 5 + [1] * 4
