@@ -24,6 +24,7 @@ PLAIN += ["1:2:32/int8g32", "1:1:32/int8g128", "1:2:128/int4g32", "1:2:32/int4g6
 LAYERS = ["1:2:128/bf16", "1:1:32/bf16", "1:2:64/int4g32", "1:2:128/int4g64"]
 SUMS = (
     KernelBuild("combine.cu", "gangline_combine"),
+    KernelBuild("route.cu", "gangline_route"),
     KernelBuild("gate.cu", "gangline_gate", (("GANGLINE_ACTIVATION", "0"),)),
 )
 

@@ -18,6 +18,7 @@ from kernels.cuda.emulated_rig import EmulatedLauncher
 from kernels.cuda.sparse_rig import field
 
 COMBINE = KernelBuild("combine.cu", "gangline_combine")
+ROUTE = KernelBuild("route.cu", "gangline_route")
 GATE = KernelBuild("gate.cu", "gangline_gate", (("GANGLINE_ACTIVATION", "0"),))
 ELF = b"\x7fELF"
 
@@ -63,6 +64,7 @@ def test_split_products_compile(arch: str) -> None:
     build = ssmm("samoyeds:1:2:128/bf16", DECODE_8, arch, gated=True, split=True)
     assert compile_cubin(build, arch).startswith(ELF)
     assert compile_cubin(GATE, arch).startswith(ELF)
+    assert compile_cubin(ROUTE, arch).startswith(ELF)
 
 
 @needs_nvrtc

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gangline.kernels.cuda.launcher import CudaLauncher, cuda_missing
+from gangline.kernels.cuda.routing import route_few, route_on_device, token_tiles
 from gangline.kernels.cuda.samoyeds import SamoyedsKernel
 from gangline.kernels.cuda.samoyeds_matrices import PartShape, address_table
 from gangline.kernels.cuda.samoyeds_product import SparseProduct
@@ -121,6 +122,21 @@ def test_long_rows(tile: Tile, launcher: CudaLauncher, seed: int) -> None:
     raw, x = encoded(codec, shape), torch.randn(130, shape[1]).to(torch.bfloat16)
     got = product(launcher, codec, [raw], shape, x, None, [0, 130], tile)
     assert relative_error(got, x.double() @ decoded(codec, raw, shape).double().t()) < 1e-4
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 8), (16, 64), (128, 60)])
+def test_few_pairs_are_routed_the_same_by_one_kernel(
+    tokens: int, experts: int, launcher: CudaLauncher, seed: int
+) -> None:
+    ids_TK = torch.rand(tokens, experts + 4).argsort(dim=-1)[:, :6] - 2
+    there = ids_TK.to(launcher.device), torch.rand(tokens, 6).to(launcher.device)
+    found, want = route_few(*there, experts, 16, launcher), route_on_device(*there, experts)
+    assert found is not None
+    for got, wanted in ((found[0].starts, want.starts), (found[0].token_P, want.token_P)):
+        assert torch.equal(got, wanted)
+    assert torch.equal(found[0].pair_TK, want.pair_TK)
+    assert torch.equal(found[0].weight_TK, want.weight_TK)
+    assert torch.equal(found[1], token_tiles(want.starts, 16))
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 16])

@@ -15,7 +15,7 @@ from gangline.core.errors import FormatError
 from gangline.kernels.cuda import choice
 from gangline.kernels.cuda.choice import SamoyedsLayer
 from gangline.kernels.cuda.measured import Timing, fastest, measured_timings
-from gangline.kernels.cuda.routing import most_tiles, route_on_device, token_tiles
+from gangline.kernels.cuda.routing import most_tiles, route_few, route_on_device, token_tiles
 from gangline.kernels.cuda.samoyeds import SamoyedsKernel
 from gangline.kernels.cuda.tiles import TILES, choose_tile
 from gangline.kernels.grouping import group_by_expert
@@ -47,7 +47,8 @@ def test_measured_table_decides(seed: int) -> None:
         launcher.started.clear()
         got_TD = layer(x_TD, ids_TK, weights_TK)
         names = [launch.build.name for launch in launcher.started]
-        assert names == ([] if way == "dense" else [product[way], product[way], "gangline_combine"])
+        few = ["gangline_route"] if way == "sparse" else []
+        assert names == ([] if way == "dense" else [*few, product[way], product[way], "gangline_combine"])
         # The dense path rounds weights, products and the intermediate to bf16.
         assert relative_error(got_TD, experts.layer(x_TD, ids_TK, weights_TK)) < 1e-2
 
@@ -109,6 +110,27 @@ def test_device_routing_is_the_grouping_of_the_host(used: int, seed: int) -> Non
     tiles = token_tiles(routing.starts, 8)
     assert tiles.diff().tolist() == [-(-counts.get(expert, 0) // 8) for expert in range(7)]
     assert int(tiles[-1]) <= most_tiles(ids_TK.numel(), 7, 8)
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 5), (7, 70), (33, 9)])
+def test_few_pairs_are_routed_the_same_by_one_kernel(tokens: int, experts: int, seed: int) -> None:
+    """Experts without tokens, and ids of experts that lie elsewhere."""
+    ids_TK = torch.rand(tokens, experts + 4).argsort(dim=-1)[:, :4] - 2
+    weights_TK = torch.rand(tokens, 4)
+    want = route_on_device(ids_TK, weights_TK, experts)
+    found = route_few(ids_TK, weights_TK, experts, 8, EmulatedLauncher(seed))
+    assert found is not None
+    got, tiles = found
+    assert all(
+        torch.equal(getattr(got, field.name), getattr(want, field.name)) for field in dataclasses.fields(want)
+    )
+    assert torch.equal(tiles, token_tiles(want.starts, 8))
+
+
+def test_many_pairs_are_not_for_one_block(seed: int) -> None:
+    launcher = EmulatedLauncher(seed)
+    assert route_few(torch.zeros(600, 2, dtype=torch.int64), torch.ones(600, 2), 4, 8, launcher) is None
+    assert not launcher.started
 
 
 def test_larger_loads_take_larger_tiles() -> None:

@@ -115,7 +115,7 @@ def test_split_layers(codec: str, seed: int) -> None:
     got_TD = kernel.forward(x_TD, ids_TK, weights_TK, table)
     assert relative_error(got_TD, experts.layer(x_TD, ids_TK, weights_TK)) < 4e-3
     names = [launch.build.name for launch in launcher.started]
-    assert names == ["gangline_ssmm", "gangline_gate", "gangline_ssmm", "gangline_combine"]
+    assert names == ["gangline_route", "gangline_ssmm", "gangline_gate", "gangline_ssmm", "gangline_combine"]
     assert kernel.down.splits(4, 2, DECODE_8) > 1
     assert torch.equal(kernel.forward(x_TD, ids_TK, weights_TK, table), got_TD)
 

@@ -1,4 +1,4 @@
-"""Sort (token, slot) pairs by expert without a word to the host.
+"""Sort (token, slot) pairs by expert without a word to the host: by torch, or a few pairs by one kernel.
 
 The same order as ``kernels/grouping.py``, which needs the counts on the host; here they stay on the device,
 and kernels find their expert in ``starts`` and ``tiles``.
@@ -10,6 +10,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from gangline.kernels.cuda.compiler import KernelBuild
+from gangline.kernels.cuda.launcher import Launch, Launcher
+
+_ROUTE = KernelBuild("route.cu", "gangline_route")
+_ROUTE_THREADS = 512
+# Every pair is compared with every other, in one block.
+_FEW_PAIRS = 1024
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,35 @@ def route_on_device(ids_TK: Tensor, weights_TK: Tensor, experts: int) -> DeviceR
         pair_TK=pair_TK.to(torch.int32),
         weight_TK=weights_TK.float().gather(1, by_expert),
     )
+
+
+def route_few(
+    ids_TK: Tensor, weights_TK: Tensor, experts: int, tokens: int, launcher: Launcher
+) -> tuple[DeviceRouting, Tensor] | None:
+    """The same by one small kernel, which matters where a layer takes microseconds; None for many pairs.
+
+    Args:
+        ids_TK: int64.
+        weights_TK: mixing weights.
+        experts: E.
+        tokens: pairs of a tile.
+        launcher: starts the kernel.
+
+    Returns:
+        The routing, and what :func:`token_tiles` says of it.
+    """
+    pairs = ids_TK.numel()
+    if not 0 < pairs <= _FEW_PAIRS or experts > _FEW_PAIRS:
+        return None
+    ids, weights = ids_TK.to(torch.int64).contiguous(), weights_TK.float().contiguous()
+    starts, tiles = ids.new_empty(2, experts + 1, dtype=torch.int32)
+    token_P = ids.new_empty(pairs, dtype=torch.int32)
+    pair_TK, weight_TK = torch.empty_like(ids, dtype=torch.int32), torch.empty_like(weights)
+    launcher(
+        Launch(_ROUTE, (1, 1), _ROUTE_THREADS, 4 * (2 * pairs + experts + 1)),
+        (ids, weights, starts, tiles, token_P, pair_TK, weight_TK, pairs, ids_TK.shape[1], experts, tokens),
+    )
+    return DeviceRouting(starts, token_P, pair_TK, weight_TK), tiles
 
 
 def token_tiles(starts: Tensor, tokens: int) -> Tensor:

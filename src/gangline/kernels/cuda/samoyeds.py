@@ -22,7 +22,7 @@ from gangline.formats import get_codec
 from gangline.kernels.cpu.gates import GateForm, recognise_gate
 from gangline.kernels.cuda.compiler import KernelBuild
 from gangline.kernels.cuda.launcher import Launch, Launcher
-from gangline.kernels.cuda.routing import DeviceRouting, route_on_device
+from gangline.kernels.cuda.routing import DeviceRouting, route_few, route_on_device
 from gangline.kernels.cuda.samoyeds_matrices import Addresses, PartShape, address_table, cannot_split
 from gangline.kernels.cuda.samoyeds_product import SUM_THREADS, SparseProduct
 from gangline.kernels.cuda.samoyeds_wgmma import WideProduct, unsupported_wide
@@ -146,12 +146,15 @@ class SamoyedsKernel:
         Raises:
             FormatError: there is no Hopper kernel for these experts, or activations are not bf16.
         """
-        routing = route_on_device(ids_TK, weights_TK, len(table.weights))
+        experts, pairs = len(table.weights), ids_TK.numel()
         if wide:
+            routing = route_on_device(ids_TK, weights_TK, experts)
             return self._combine(self._wide_experts(x_TD, routing, table), routing)
-        tile = choose_tile(len(x_TD), routing.token_P.numel(), len(table.weights))
-        splits = self.down.splits(routing.token_P.numel(), len(table.weights), tile)
-        y_SPD = self._experts(x_TD, routing.token_P, routing.starts, table, tile, splits)
+        tile = choose_tile(len(x_TD), pairs, experts)
+        few = route_few(ids_TK, weights_TK, experts, tile.tokens, self._launcher)
+        routing, tiles_E1 = (route_on_device(ids_TK, weights_TK, experts), None) if few is None else few
+        splits = self.down.splits(pairs, experts, tile)
+        y_SPD = self._experts(x_TD, routing.token_P, routing.starts, table, tile, splits, tiles_E1)
         return self._combine(y_SPD, routing)
 
     def pairs(
@@ -173,7 +176,14 @@ class SamoyedsKernel:
         return y_PD if out_PD is None else out_PD.copy_(y_PD)
 
     def _experts(
-        self, x_TD: Tensor, token_P: Tensor, starts_E1: Tensor, table: ExpertTable, tile: Tile, splits: int
+        self,
+        x_TD: Tensor,
+        token_P: Tensor,
+        starts_E1: Tensor,
+        table: ExpertTable,
+        tile: Tile,
+        splits: int,
+        tiles_E1: Tensor | None = None,
     ) -> Tensor:
         """``[S, P, D]``: parts of the outputs of every pair, not yet weighted."""
         if x_TD.dtype != torch.bfloat16:
@@ -181,8 +191,9 @@ class SamoyedsKernel:
         h_PF = x_TD.new_empty(len(token_P), self.first.shape.out_rows)
         y_SPD = x_TD.new_empty(splits, len(token_P), self.down.shape.out_rows, dtype=torch.float32)
         if len(token_P):
-            self.first(table.first_E24, starts_E1, token_P.contiguous(), x_TD.contiguous(), h_PF, tile)
-            self.down(table.down_E24, starts_E1, None, h_PF, y_SPD, tile)
+            x_TD = x_TD.contiguous()
+            self.first(table.first_E24, starts_E1, token_P.contiguous(), x_TD, h_PF, tile, tiles_E1)
+            self.down(table.down_E24, starts_E1, None, h_PF, y_SPD, tile, tiles_E1)
         return y_SPD
 
     def _wide_experts(self, x_TD: Tensor, routing: DeviceRouting, table: ExpertTable) -> Tensor:

@@ -47,7 +47,14 @@ class SparseProduct:
     gate: GateForm | None = None
 
     def __call__(
-        self, parts_E24: Tensor, starts: Tensor, rows_P: Tensor | None, x: Tensor, out: Tensor, tile: Tile
+        self,
+        parts_E24: Tensor,
+        starts: Tensor,
+        rows_P: Tensor | None,
+        x: Tensor,
+        out: Tensor,
+        tile: Tile,
+        tiles_E1: Tensor | None = None,
     ) -> None:
         """Fill ``out``. Rows past ``starts[E]`` stay.
 
@@ -59,6 +66,7 @@ class SparseProduct:
             out: where to write, contiguous: ``[P, out_rows]``, bf16 where gated, fp32 where plain; a plain
                 product may be split, ``[S, P, out_rows]``: the sum over S is the product (see ``splits``).
             tile: what a block makes; a smaller one is taken where the GPU cannot hold it.
+            tiles_E1: ``token_tiles(starts, tile.tokens)``, where it is known.
 
         Raises:
             FormatError: more pairs than one launch can have.
@@ -69,14 +77,14 @@ class SparseProduct:
         x = x if x.data_ptr() % ALIGN == 0 else x.clone()
         if self.gate is None:
             splits = out.shape[0] if out.dim() == 3 else 1
-            self._launch(parts_E24, starts, rows_P, x, out, tile, splits)
+            self._launch(parts_E24, starts, rows_P, x, out, tile, splits, tiles_E1)
             return
         splits = self.splits(len(out), len(parts_E24), tile)
         if splits == 1:
-            self._launch(parts_E24, starts, rows_P, x, out, tile, 1)
+            self._launch(parts_E24, starts, rows_P, x, out, tile, 1, tiles_E1)
             return
         parts_S2PF = x.new_empty(splits, 2, *out.shape, dtype=torch.float32)
-        self._launch(parts_E24, starts, rows_P, x, parts_S2PF, tile, splits)
+        self._launch(parts_E24, starts, rows_P, x, parts_S2PF, tile, splits, tiles_E1)
         self._apply_gate(parts_S2PF, starts, out)
 
     def splits(self, pairs: int, experts: int, tile: Tile) -> int:
@@ -101,13 +109,16 @@ class SparseProduct:
         rows_P: Tensor | None,
         x: Tensor,
         out: Tensor,
-        tile: Tile,
+        asked: Tile,
         splits: int,
+        tiles_E1: Tensor | None,
     ) -> None:
-        tile, stage = self._sizes(tile)
+        tile, stage = self._sizes(asked)
+        if tiles_E1 is None or tile != asked:
+            tiles_E1 = token_tiles(starts, tile.tokens)
         experts, pairs = len(parts_E24), out.shape[-2]
         grid = (self._row_blocks(tile) * splits, most_tiles(pairs, experts, tile.tokens))
-        tensors = (parts_E24, starts, token_tiles(starts, tile.tokens), rows_P, x, out)
+        tensors = (parts_E24, starts, tiles_E1, rows_P, x, out)
         self.launcher(
             Launch(self.build(tile, split=splits > 1), grid, tile.threads, stage.shared_bytes(tile)),
             (*tensors, experts, splits, pairs, *self.shape.arguments(), *gate_numbers(self.gate)),
