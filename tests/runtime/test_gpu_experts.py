@@ -11,6 +11,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerF
 import gangline
 from gangline.compress.sparsify import SparsifySettings
 from gangline.core.errors import UsageError
+from gangline.evaluation.bound import weights_of
 from gangline.evaluation.sparsification import SparsifyTexts, sparsify_checkpoint
 from gangline.kernels.cuda import choice, gpu
 from gangline.kernels.cuda.gpu import Gpu
@@ -102,6 +103,7 @@ def test_the_model_says_the_same(
         assert {field.codec for layout in runtime.catalog.layouts for field in layout.fields} == {CODEC}
         assert "all experts on emulated" in runtime.banner()
         assert runtime.stats().host_hits == layers * 2 * 4
+        assert weights_of(ours).step_bytes(1, 8) == weights_of(ours).dense > 0
         assert (got - want).norm() < 0.03 * want.norm()
 
 

@@ -84,18 +84,20 @@ def bandwidths(weights: Weights, threads: int, *, disk: bool) -> Bandwidths:
 def weights_of(model: Any) -> Weights:
     """Return what a decoding step of a loaded model reads.
 
-    Dense weights are counted without the rows of the input embedding that a token does not look up.
+    Dense weights are counted without the rows of the input embedding that a token does not look up, and
+    experts on a GPU not at all: this machine's memory is what is measured.
     """
     runtime = model.gangline
     pairs = list(zip(runtime.geometry.layers, runtime.catalog.layouts, strict=True))
-    routed = sum(layer.top_k * layout.nbytes for layer, layout in pairs)
+    here = [] if runtime.gpu is not None else pairs
+    routed = sum(layer.top_k * layout.nbytes for layer, layout in here)
     sizes = {Path(path).absolute(): path.stat().st_size for path in runtime.catalog.files}
     record = min(max(layout.nbytes for _, layout in pairs), max(sizes.values()))
     return Weights(
         dense=_dense_bytes(model),
         routed=routed,
         expert=routed / sum(layer.top_k for layer, _ in pairs),
-        spread=tuple((layer.top_k * item.nbytes, layer.experts * item.nbytes) for layer, item in pairs),
+        spread=tuple((layer.top_k * item.nbytes, layer.experts * item.nbytes) for layer, item in here),
         files=tuple(str(path) for path, size in sizes.items() if size >= record),
         record=record,
     )

@@ -171,7 +171,7 @@ class _Tuning:
 
     def report(self) -> TuneReport:
         """Tune."""
-        if self.runtime.plan.everything_resident:
+        if self.runtime.idle:
             note = "all experts are in memory: there is nothing to cache, predict or read ahead"
             return self._report(None, None, (), 0, (note,))
         first = self._first_run()
