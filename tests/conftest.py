@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,19 @@ def private_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         os.environ["GANGLINE_HOME"] = before
 
 
+def _seed_of(request: pytest.FixtureRequest) -> int:
+    digest = hashlib.sha256(f"{RUN_SEED}:{request.node.nodeid}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> None:
+    """Whatever a test draws without asking for a seed can be repeated as well."""
+    random.seed(_seed_of(request))
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(_seed_of(request))
+
+
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """A seed that is fresh in every run and differs between tests; the header says how to repeat it.
@@ -62,7 +76,6 @@ def seed(request: pytest.FixtureRequest) -> int:
     """
     import torch
 
-    digest = hashlib.sha256(f"{RUN_SEED}:{request.node.nodeid}".encode()).digest()
-    value = int.from_bytes(digest[:4], "little")
+    value = _seed_of(request)
     torch.manual_seed(value)
     return value

@@ -51,8 +51,8 @@ def save_shards(folder: Path, tensors: dict[str, torch.Tensor], index: bool = Tr
 
 
 @pytest.mark.parametrize("layout", ["single", "sharded", "no index"])
-def test_reads_what_was_written(tmp_path, layout):
-    tensors = some_tensors(torch.seed() % 2**31)
+def test_reads_what_was_written(tmp_path, layout, seed):
+    tensors = some_tensors(seed)
     if layout == "single":
         save_file(tensors, tmp_path / "model.safetensors")
     else:

@@ -61,10 +61,10 @@ def test_victim_waits_when_everything_is_leased():
 
 
 @pytest.mark.parametrize("capacity", [4, 8, 12, 16])
-def test_hits_do_not_fall_with_capacity(capacity):
+def test_hits_do_not_fall_with_capacity(capacity, seed):
     import random
 
-    rng = random.Random()
+    rng = random.Random(seed)
     events = [
         RoutingEvent(s, layer, "decode", 1, tuple(sorted(rng.sample(range(8), 2))), (1, 1))
         for s in range(60)
