@@ -141,7 +141,7 @@ def test_phases_of_the_same_loads_reach_the_ceiling(seed):
     share = np.arange(1, 9) / 36
     used_RN = np.eye(8, dtype=bool)[rng.choice(8, size=4000, p=share)]
     found = phases(used_RN, np.arange(4000) >= 2000, rng)
-    assert found.correlation > 0.9 and found.ceiling > 0.9
+    assert found.correlation > 0.8 and found.ceiling > 0.8
     assert correlation(np.ones(4), np.arange(4)) is None
 
 
