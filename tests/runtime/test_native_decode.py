@@ -43,8 +43,8 @@ class ModuleExperts:
 
     observed = False
 
-    def routed(self, layer: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
-        self.events.append((layer, ids_TK))
+    def stepped(self, routing: Any) -> None:
+        self.events += [(layer, ids_BK) for layer, (ids_BK, _) in enumerate(routing)]
 
 
 class NativeExperts(ModuleExperts):

@@ -10,7 +10,7 @@ from torch import Tensor
 from gangline.traces.describe import describe_recording
 from gangline.traces.header import Extra
 from gangline.traces.hooks import observe
-from gangline.traces.observer import LayerRouting
+from gangline.traces.observer import LayerRouting, StepRouting
 from gangline.traces.recorder import Recorder
 from gangline.traces.writer import TraceWriter
 
@@ -42,6 +42,10 @@ class Generations:
     def on_routing(self, layer: int, routing: LayerRouting) -> None:
         """See RoutingObserver."""
         self._recorder.on_routing(layer, routing)
+
+    def on_step(self, routing: StepRouting) -> None:
+        """See RoutingObserver."""
+        self._recorder.on_step(routing)
 
     def on_predicted(self, ids_BS: Tensor) -> None:
         """See RoutingObserver."""

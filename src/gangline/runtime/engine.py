@@ -26,8 +26,26 @@ Observer = Callable[[int, Tensor, Tensor, Tensor], None]
 Layers = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Takes a layer, inputs, ids and weights; returns the weighted sums ``[T, D]``."""
 
+Steps = Callable[["StepRouting"], None]
+
 Reroute = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes a layer, ids and weights ``[T, K]`` of its router; returns those to compute."""
+
+
+class StepRouting(Protocol):
+    """What the routers of one native decode step chose; a new one in every step.
+
+    Attributes:
+        ids: of all MoE layers, one ``[B, K]`` after another, int64. weights: the same in fp32.
+        rows: B.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    rows: int
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Ids ``[B, K]`` and weights ``[B, K]`` of every MoE layer."""
 
 
 class ExpertKernel(Protocol):
@@ -68,6 +86,8 @@ class Engine:
     Attributes:
         phase: set by the model's forward hook before the layers run.
         observer: called with layer, inputs, ids and weights of every event; its tensors are reused after it.
+        on_step: told at once of all layers of a step that the native core computed by itself, in place of
+            ``observer``. None keeps each layer in sight of the observer.
         policy: runs predictors and prefetch; None where the composition has neither and its cache looks at
             counts only.
         resident: computes whole layers of a model whose experts all lie on a GPU; then nothing else does.
@@ -82,6 +102,7 @@ class Engine:
         self._step = 0
         self.phase: Phase = "prefill"
         self.observer: Observer | None = None
+        self.on_step: Steps | None = None
         self.policy: PolicyDriver | None = None
         self.reroute: Reroute | None = None
         self.resident: Layers | None = None
@@ -135,10 +156,20 @@ class Engine:
         uses = ids_TK.numel()
         self._store.count_resident(uses if len(ids_TK) == 1 else len(ids_TK.unique()), uses)
 
+    def stepped(self, routing: StepRouting) -> None:
+        """Count the experts of a step that the native core computed, all of them being in memory."""
+        self._step += 1
+        self._last_layer = len(self._layers) - 1
+        uses = routing.ids.numel()
+        experts = uses if routing.rows == 1 else sum(len(ids_BK.unique()) for ids_BK, _ in routing)
+        self._store.count_resident(experts, uses)
+        if self.on_step is not None:
+            self.on_step(routing)
+
     @property
     def observed(self) -> bool:
         """Whether somebody sees or changes each event, so that no layer may be computed out of sight."""
-        return self.observer is not None or self.reroute is not None
+        return self.reroute is not None or (self.observer is not None and self.on_step is None)
 
     @property
     def next_step(self) -> int:
@@ -178,7 +209,7 @@ class Engine:
         kernel, index = self._kernels[event.layer], 0
         with self._store.lease(event, in_order=True) as lease:
             told = self._told(event, lease)
-            for batch in lease.batches(RUN_EXPERTS):
+            for batch in lease.batches(RUN_EXPERTS, lambda: self._prefetch_next_layer(event, lease)):
                 told = told or self._told(event, lease)
                 counts = event.counts[index : index + len(batch)]
                 for first, last in runs_within(counts, RUN_PAIRS_PER_ROW * len(x_TD)):
@@ -187,7 +218,6 @@ class Engine:
                     y_PD = kernel.pairs(x_TD, part.token_P, part.starts, weights, part.experts)
                     accumulate(y_PD, part, out_TD)
                 index += len(batch)
-                self._prefetch_next_layer(event, lease)
 
     def _told(self, event: RoutingEvent, lease: EventLease) -> bool:
         """Tell the policies of an event once all its misses are requested, so that no prefetch delays one."""

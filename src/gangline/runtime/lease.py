@@ -1,7 +1,7 @@
 """The experts of one routing event: hits leased, misses read, handed out as they can be computed."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -61,11 +61,15 @@ class EventLease:
         for batch in self.batches(1):
             yield from batch
 
-    def batches(self, limit: int | None = None) -> Iterator[list[tuple[int, Any]]]:
+    def batches(
+        self, limit: int | None = None, freed: Callable[[], None] = lambda: None
+    ) -> Iterator[list[tuple[int, Any]]]:
         """Yield lists of ``(expert, weights)`` that can be computed now; waits while there is none.
 
-        ``limit``: experts of one list. While others still want a slot, a list takes at most half of the
-        leased ones, so that reading goes on beside computing.
+        Args:
+            limit: experts of one list. While others still want a slot, a list takes at most half of the
+                leased ones, so that reading goes on beside computing.
+            freed: called when the slots of a list are free again and nothing has been waited for yet.
         """
         while self._waiting or self._missing:
             experts = self._take_ready(limit or len(self._waiting) + len(self._missing))
@@ -76,6 +80,7 @@ class EventLease:
                 if self._missing:
                     self._request_missing()
                 self._store._changed.notify_all()
+            freed()
 
     @property
     def all_requested(self) -> bool:

@@ -165,6 +165,7 @@ def run_from_store(
     decode = enable_native_decode(model, view, engine, context=None if plan.budget is None else plan.context)
     if decode is not None:
         runtime.on_close(decode.close)
+        runtime.decodes_natively = True
     object.__setattr__(model, "gangline", runtime)
     if gpu is not None:
         runtime.gpu = gpu

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from gangline.kernels.cpu.decoder import NativeDecoder, NotNativeError
+from gangline.kernels.cpu.decoder import NativeDecoder, NotNativeError, Routing
 from gangline.models import MoEView
 from gangline.runtime.native_cache import GrowingLayer, adopt_cache, growing_layers
 from gangline.runtime.native_check import check_native, embed
@@ -43,8 +43,8 @@ class MoE(Protocol):
         """Whether every layer must go through ``forward``, though all experts are in memory."""
         ...
 
-    def routed(self, layer: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
-        """Be told of a choice whose experts the native core has computed itself."""
+    def stepped(self, routing: Routing) -> None:
+        """Be told of the choices of a step whose experts the native core has computed itself."""
         ...
 
 
@@ -203,8 +203,7 @@ class NativeDecode:
             buffers = decoder.begin(embedded_BD, positions_B, first_B, length, layers)
             if decoder.resident and not self._moe.observed:
                 logits_BV = decoder.step_all(buffers)
-                for layer, (ids_BK, weights_BK) in enumerate(buffers.routing):
-                    self._moe.routed(layer, ids_BK, weights_BK)
+                self._moe.stepped(buffers.routing)
             else:
                 logits_BV = decoder.step(buffers, self._moe.forward)
             self.steps += 1

@@ -17,7 +17,7 @@ from gangline.core.tiers import Priority
 from gangline.models import MoEView
 from gangline.policies.parts import Parts
 from gangline.runtime.embedding import leave_in_file
-from gangline.runtime.engine import Engine, Observer, Reroute
+from gangline.runtime.engine import Engine, Observer, Reroute, Steps
 from gangline.runtime.gpu_experts import GpuExperts
 from gangline.runtime.planner import MemoryPlan
 from gangline.runtime.policy_choice import DEFAULT, PolicyChoice, asked_policy
@@ -69,6 +69,8 @@ class Runtime:
         identity: a hash of the model's files; empty for a model that was attached.
         gpu: the experts, where they all lie on a GPU.
         attached: whether the model was built by somebody else and gets its experts back on ``close``.
+        decodes_natively: whether tokens after the prompt run through the native step. Its routers read what
+            the experts read.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Runtime:
             self._undo.append(leave_in_file(model.get_input_embeddings()))  # type: ignore[operator]
         self.identity = ""
         self.attached = False
+        self.decodes_natively = False
 
     @property
     def store(self) -> ExpertStore:
@@ -189,16 +192,28 @@ class Runtime:
         return " | ".join(parts)
 
     @contextmanager
-    def observed(self, observer: Observer) -> Iterator[None]:
+    def observed(self, observer: Observer, steps: Steps | None = None) -> Iterator[None]:
         """Call ``observer(layer, x_TD, ids_TK, weights_TK)`` for every routing event while the block runs.
 
         The numbers stay those of a run without an observer. The tensors are reused: copy what you keep.
+
+        Args:
+            observer: see above.
+            steps: told of all layers at once where the native core computes a whole step; without it such
+                steps are computed layer by layer.
         """
-        before, self._engine.observer = self._engine.observer, observer
+        engine = self._engine
+        before = engine.observer, engine.on_step
+        engine.observer, engine.on_step = observer, steps
         try:
             yield
         finally:
-            self._engine.observer = before
+            engine.observer, engine.on_step = before
+
+    @property
+    def rerouted(self) -> bool:
+        """Whether somebody else than the routers decides what is computed (see :meth:`reroute`)."""
+        return self._engine.reroute is not None
 
     @property
     def next_step(self) -> int:

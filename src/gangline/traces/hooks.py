@@ -1,4 +1,7 @@
-"""Show the routing of any transformers MoE to an observer, attached to gangline or not, by forward hooks.
+"""Show the routing of any transformers MoE to an observer: by the engine, or by forward hooks.
+
+A model whose decoding is native tells of itself, so that recording neither changes nor slows it. All others
+are hooked.
 
 Shape suffixes: B sequences, S tokens of one pass, T rows, K slots per token, E experts, D hidden.
 """
@@ -39,6 +42,11 @@ def observe(model: nn.Module, observer: RoutingObserver, stack: Stack | None = N
         hooks.callback(root.register_forward_pre_hook(watcher.before, with_kwargs=True).remove)
         if stack != "encoder":
             hooks.callback(model.register_forward_hook(watcher.after).remove)
+        runtime = getattr(model, "gangline", None)
+        if runtime is not None and runtime.decodes_natively and not runtime.rerouted:
+            hooks.enter_context(_told_by_engine(model, blocks, watcher))
+            yield
+            return
         for number, block in enumerate(blocks):
             for handle in _watch(block, number, watcher):
                 hooks.callback(handle.remove)
@@ -124,6 +132,17 @@ class _Watcher:
         with torch.no_grad():
             logits_TE, weights_TK, ids_TK = block.adapter.route(block, x_TD, tokens_T)
         return LayerRouting(ids_TK, weights_TK, logits_TE)
+
+
+def _told_by_engine(model: Any, blocks: list[MoEBlock], watcher: _Watcher) -> Any:
+    """Let the engine of a loaded model tell of its events, whole steps at once if nobody wants inputs."""
+    observer, dtype = watcher.observer, model.dtype
+
+    def routed(layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:
+        x_TD = x_TD.to(dtype) if observer.wants else x_TD  # the native step hands over fp32
+        watcher.routed(blocks[layer], layer, LayerRouting(ids_TK, weights_TK), x_TD)
+
+    return model.gangline.observed(routed, None if observer.wants else observer.on_step)
 
 
 def _real(mask: Any, shape: tuple[int, int]) -> Tensor | None:

@@ -26,6 +26,19 @@ class LayerRouting(NamedTuple):
     inputs_TD: Tensor | None = None
 
 
+class StepRouting(Protocol):
+    """What all layers decided for the B rows of one decoding pass; nobody changes it afterwards.
+
+    Attributes:
+        ids: chosen experts of all layers, one ``[B, K]`` after another. weights: their mixing weights.
+        rows: B.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    rows: int
+
+
 class RoutingObserver(Protocol):
     """Called in the thread that computes; must not change a tensor, and must copy what it keeps.
 
@@ -46,6 +59,11 @@ class RoutingObserver(Protocol):
 
     def on_routing(self, layer: int, routing: LayerRouting) -> None:
         """One layer has routed the pass."""
+
+    def on_step(self, routing: StepRouting) -> None:
+        """All layers have routed the pass; told in place of :meth:`on_routing` where all is known at once,
+        and only if ``wants`` is empty.
+        """
 
     def on_predicted(self, ids_BS: Tensor) -> None:
         """The pass is over; these are the likeliest next tokens (S may be 1: the last position only)."""

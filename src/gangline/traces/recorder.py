@@ -5,39 +5,19 @@ K slots per token, N routed experts, D hidden.
 """
 
 import hashlib
-import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gangline.traces.header import Extra, TraceError
-from gangline.traces.observer import LayerRouting
+from gangline.traces.observer import LayerRouting, StepRouting
+from gangline.traces.passes import Columns, Kind, Pass, copied
 from gangline.traces.rows import UNKNOWN, Array, LayerRows, TokenTable
 from gangline.traces.shards import Document
 from gangline.traces.writer import TraceWriter
-
-_Kept = Tensor | list[Any]
-_FEW_ROWS, _FEW_COLUMNS = 4, 16
-
-
-@dataclass
-class _Pass:
-    """One forward pass: which rows count, and what the layers said."""
-
-    ids_BS: Array | None
-    keep_BS: Array | None
-    shape: tuple[int, int]
-    decode: bool
-    predicted_BS: Array | None = None
-    ids: list[_Kept] = field(default_factory=list)
-    weights: list[_Kept] = field(default_factory=list)
-    logits: list[_Kept] = field(default_factory=list)
-    inputs: list[_Kept] = field(default_factory=list)
 
 
 class Recorder:
@@ -56,8 +36,9 @@ class Recorder:
         self.wants: Collection[Extra] = writer.header.extras
         self._special = np.array(sorted(special_ids), dtype=np.int64)
         self._layers = len(writer.header.layers)
+        self._chosen = sum(writer.header.top_k)
         self._full = writer.header.mode == "full"
-        self._passes: list[_Pass] | None = None
+        self._passes: list[Pass] | None = None
 
     @contextmanager
     def documents(
@@ -79,7 +60,7 @@ class Recorder:
         self._passes = []
         try:
             yield
-            passes = [one for one in self._passes if one.ids]
+            passes = [one for one in self._passes if one.routed]
             if passes:
                 self._commit(passes, sources, labels or {})
         finally:
@@ -93,7 +74,7 @@ class Recorder:
         keep = None if keep_BS is None else keep_BS.detach().cpu().numpy().astype(bool)
         if keep is not None and keep.all():
             keep = None
-        self._passes.append(_Pass(ids, keep, shape, decode=shape[1] == 1))
+        self._passes.append(Pass(ids, keep, shape, decode=shape[1] == 1))
 
     def on_routing(self, layer: int, routing: LayerRouting) -> None:
         """Keep a copy of what one layer decided, in the smallest type that can hold it."""
@@ -101,7 +82,7 @@ class Recorder:
             return
         current = self._passes[-1]
         rows = current.shape[0] * current.shape[1]
-        ids = _copy(routing.ids_TK, torch.int16, rows)
+        ids = copied(routing.ids_TK, torch.int16, rows)
         if layer != len(current.ids) or len(ids) != rows:
             raise TraceError(
                 f"layer {layer} routed {len(ids)} rows where layer {len(current.ids)} and {rows} rows were "
@@ -109,11 +90,25 @@ class Recorder:
             )
         current.ids.append(ids)
         if self._full:
-            current.weights.append(_copy(routing.weights_TK, torch.float16, rows))
+            current.weights.append(copied(routing.weights_TK, torch.float16, rows))
         if routing.logits_TE is not None:
-            current.logits.append(_copy(routing.logits_TE, torch.float16, rows))
+            current.logits.append(copied(routing.logits_TE, torch.float16, rows))
         if routing.inputs_TD is not None:
-            current.inputs.append(_copy(routing.inputs_TD, torch.float16, rows))
+            current.inputs.append(copied(routing.inputs_TD, torch.float16, rows))
+
+    def on_step(self, routing: StepRouting) -> None:
+        """Keep what all layers of one decoding pass decided."""
+        if not self._passes:
+            return
+        current = self._passes[-1]
+        if len(routing.ids) != self._chosen * current.shape[0]:
+            raise TraceError(
+                f"a step routed {len(routing.ids)} times where {self._chosen * current.shape[0]} were "
+                "expected; record with the header of this model"
+            )
+        current.all_ids = routing.ids
+        if self._full:
+            current.all_weights = routing.weights
 
     def on_predicted(self, ids_BS: Tensor) -> None:
         """Keep the likeliest next tokens of the pass."""
@@ -121,9 +116,9 @@ class Recorder:
             self._passes[-1].predicted_BS = ids_BS.detach().cpu().numpy()
 
     def _commit(
-        self, passes: list[_Pass], sources: Sequence[str], labels: Mapping[str, Sequence[str]]
+        self, passes: list[Pass], sources: Sequence[str], labels: Mapping[str, Sequence[str]]
     ) -> None:
-        if any(one.shape[0] != len(sources) or len(one.ids) != self._layers for one in passes):
+        if any(one.shape[0] != len(sources) or not one.complete(self._layers) for one in passes):
             raise TraceError(
                 f"a pass had other sequences than the {len(sources)} announced, or did not go through all "
                 f"{self._layers} layers; record each batch in a block of its own"
@@ -140,12 +135,12 @@ class Recorder:
             )
             for row, source in enumerate(sources)
         ]
-        keep_R = _real_rows(passes)
-        layers = [self._layer(passes, number, keep_R) for number in range(self._layers)]
+        keep_R, columns = _real_rows(passes), Columns(passes, self.writer.header.top_k)
+        layers = [self._layer(columns, number, keep_R) for number in range(self._layers)]
         self.writer.add(documents, tokens, layers)
 
     def _tokens(
-        self, passes: list[_Pass], first: int, rows: int, labels: Mapping[str, Sequence[str]]
+        self, passes: list[Pass], first: int, rows: int, labels: Mapping[str, Sequence[str]]
     ) -> TokenTable:
         seen_B = np.zeros(rows, dtype=np.int64)
         columns: dict[str, list[Array]] = {
@@ -183,51 +178,26 @@ class Recorder:
             labels={kind: values[row_R] for kind, values in numbers.items()},
         )
 
-    def _layer(self, passes: list[_Pass], number: int, keep_R: Array | None) -> LayerRows:
+    def _layer(self, columns: Columns, number: int, keep_R: Array | None) -> LayerRows:
         experts = self.writer.header.layers[number].experts
 
-        def rows(parts: list[list[_Kept]]) -> Array | None:
-            if not parts[0]:
-                return None
-            joined = _joined([part[number] for part in parts])
-            return joined if keep_R is None else joined[keep_R]
+        def rows(kind: Kind) -> Array | None:
+            joined = columns.of(kind, number)
+            return joined if joined is None or keep_R is None else joined[keep_R]
 
-        ids_RK = rows([one.ids for one in passes])
+        ids_RK = rows("ids")
         assert ids_RK is not None
         ids_RK = ids_RK.astype(np.uint16)  # a negative id is out of range as well
-        weights_RK = rows([one.weights for one in passes])
+        weights_RK = rows("weights")
         there_RK = ids_RK < experts
         some_empty = not there_RK.all()
         if some_empty:
             ids_RK = np.where(there_RK, ids_RK, 0)
             weights_RK = None if weights_RK is None else np.where(there_RK, weights_RK, 0)
-        logits_RN, inputs_RD = (
-            rows(parts) for parts in ([o.logits for o in passes], [o.inputs for o in passes])
-        )
-        return LayerRows(ids_RK, there_RK if some_empty else None, weights_RK, logits_RN, inputs_RD)
+        return LayerRows(ids_RK, there_RK if some_empty else None, weights_RK, rows("logits"), rows("inputs"))
 
 
-def _copy(values: Tensor, dtype: torch.dtype, rows: int) -> _Kept:
-    """Return a copy on the CPU; of the few numbers of a decoded token the quickest one is a list."""
-    values = values.detach() if values.requires_grad else values
-    if rows <= _FEW_ROWS and values.shape[1] <= _FEW_COLUMNS:
-        return values.tolist()
-    own = values.clone() if values.dtype is dtype else values.to(dtype)
-    return own if own.device.type == "cpu" else own.cpu()
-
-
-def _joined(parts: list[_Kept]) -> Array:
-    """Put kept rows one after another."""
-    arrays: list[Array] = []
-    for few, run in itertools.groupby(parts, key=lambda part: isinstance(part, list)):
-        if few:
-            arrays.append(np.array([row for part in run for row in part]))
-        else:
-            arrays.extend(cast(Tensor, part).numpy() for part in run)
-    return np.concatenate(arrays)
-
-
-def _real_rows(passes: list[_Pass]) -> Array | None:
+def _real_rows(passes: list[Pass]) -> Array | None:
     """Which rows of all passes are no padding; None if all are."""
     if all(one.keep_BS is None for one in passes):
         return None
