@@ -94,7 +94,7 @@ class Study:
         simulated: dict[str, SimReport] = {}
         for system in names:
             settings = SimulationSettings((), (str(slots),), systems=(system,), oracles=(), calibration=other)
-            settings = at_speed_of(first, settings, len(trace.header.layers))
+            settings = at_speed_of(first, settings, trace.header.geometry.layers)
             _, saved = self.learned.get(COMPOSITIONS[system].predictor, (None, None))
             parts = model_parts(model, saved and saved.network, saved and saved.kind)
             simulated[system] = simulate_trace(trace, settings, model=parts).rows[0]

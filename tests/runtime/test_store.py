@@ -114,22 +114,81 @@ def test_closed_store_refuses(tmp_path):
         store.lease(event(1, 0, [0]))
 
 
-def test_cancel_frees_the_slot(tmp_path):
-    store = make_store(make_catalog(tmp_path, 1, 6), slots=6, top_k=2, threads=1)
+def held_reads(store):
+    """Let no read of the store go on before the returned gate is open."""
     gate, read = threading.Event(), store._files.read
 
     def slow_read(*args):
-        gate.wait(10)
+        gate.wait(20)
+        read(*args)
+
+    store._files.read = slow_read
+    return gate
+
+
+def test_what_is_on_its_way_may_be_a_victim(tmp_path):
+    """Residency follows the policy alone: a read that began goes on, one that did not never happens."""
+    catalog = make_catalog(tmp_path, 1, 6)
+    store = make_store(catalog, slots=2, top_k=1, threads=1)
+    gate = held_reads(store)
+    size = sum(extent.nbytes for extent in catalog.extents[ExpertKey(0, 0)])
+    for expert in range(6):
+        assert store.request(ExpertKey(0, expert))
+    held = [expert for expert in range(6) if store.holds(ExpertKey(0, expert))]
+    assert len(held) == 2 and 5 in held and store.stats.evictions == 4
+    gate.set()
+    store.wait_idle()
+    assert set(store.residency()) == {ExpertKey(0, expert) for expert in held}
+    assert store.stats.bytes_read["prefetch"] <= 4 * size  # two that were stopped late, two that are there
+    with store.lease(event(1, 0, held)) as lease:
+        assert sorted(expert for expert, _ in lease) == held
+    store.close()
+
+
+def test_an_event_gets_the_slot_of_a_read_that_cannot_be_stopped(tmp_path):
+    store = make_store(make_catalog(tmp_path, 1, 6), slots=1, top_k=1, threads=1)
+    gate, began, read = threading.Event(), threading.Event(), store._files.read
+
+    def slow_read(*args):
+        began.set()
+        gate.wait(20)
+        read(*args)
+
+    store._files.read = slow_read
+    store.request(ExpertKey(0, 3))
+    assert began.wait(20)
+    with store.lease(event(1, 0, [4])) as lease:
+        assert store.holds(ExpertKey(0, 4)) and not store.holds(ExpertKey(0, 3))
+        gate.set()
+        assert [expert for expert, _ in lease] == [4]
+    store.wait_idle()
+    assert set(store.residency()) == {ExpertKey(0, 4)}
+    store.close()
+
+
+def test_postponed_reads_come_last(tmp_path):
+    store = make_store(make_catalog(tmp_path, 1, 6), slots=6, top_k=2, threads=1)
+    gate, order, read = threading.Event(), [], store._files.read
+    began = threading.Event()
+
+    def slow_read(*args):
+        began.set()
+        gate.wait(20)
+        order.append(args[1])
         read(*args)
 
     store._files.read = slow_read
     store.request(ExpertKey(0, 0))
-    store.request(ExpertKey(0, 1))
-    assert store.cancel(ExpertKey(0, 1))
-    assert not store.cancel(ExpertKey(0, 1))
+    assert began.wait(20)
+    for expert in (1, 2, 3):
+        store.request(ExpertKey(0, expert))
+    store.postpone(ExpertKey(0, 1))
+    store.postpone(ExpertKey(0, 5))  # nobody asked for it
     gate.set()
     store.wait_idle()
-    assert set(store.residency()) == {ExpertKey(0, 0)}
+    assert set(store.residency()) == {ExpertKey(0, expert) for expert in range(4)}
+    places = [store._plan(ExpertKey(0, expert)).chunks[0].offset for expert in (0, 2, 3, 1)]
+    assert [offset for offset in order if offset in places] == places
     store.close()
 
 

@@ -85,12 +85,12 @@ class StoreMachine(RuleBasedStateMachine):
         lease.__exit__(None, None, None)
         self.open_event = None
 
-    @rule(layer=layer_strategy, expert=st.integers(0, EXPERTS - 1), cancel=st.booleans())
-    def prefetch(self, layer, expert, cancel):
+    @rule(layer=layer_strategy, expert=st.integers(0, EXPERTS - 1), postpone=st.booleans())
+    def prefetch(self, layer, expert, postpone):
         key = ExpertKey(layer, expert)
         self.store.request(key, Priority.PREFETCH)
-        if cancel:
-            self.store.cancel(key)
+        if postpone:
+            self.store.postpone(key)
 
     @rule(first=st.tuples(layer_strategy, ids_strategy), second=st.tuples(layer_strategy, ids_strategy))
     def concurrent_events(self, first, second):

@@ -262,7 +262,7 @@ class Oracle(Predictor):
 class Everything(Prefetcher):
     """Reads all that is forecast."""
 
-    def room(self, slots, top_k, coming):
+    def room(self, slots, top_k, waiting):
         return slots
 
     def plan(self, forecasts, holds, budget=None):
@@ -301,23 +301,58 @@ def test_demand_waits_for_one_chunk_of_a_prefetch():
     assert done.levels[0].wasted_bytes == BYTES
 
 
-def test_reads_that_came_to_nothing_are_taken_back():
-    """A prefetch that has not begun when its layer is routed otherwise is cancelled, and costs no byte."""
-    events = made_events([[(0,), (1,)], [(2,), (1,)]])
+def test_reads_that_came_to_nothing_cost_nothing_if_they_never_begin():
+    """A prefetch that its layer did not want waits for everything else, and ends when its slot is needed."""
+    events = made_events([[(0,), (1,)], [(2,), (1,)], [(0,), (2,)], [(3,), (0,)]])
 
     class Wrong(Predictor):
         def after_gate(self, event):
-            return [Forecast(0, 1, (3,), (1.0,), 1, "wrong")] if event.layer == 0 else []
+            first = event.layer == 0 and event.step == events[0].step
+            return [Forecast(event.step, 1, (3,), (1.0,), 1, "wrong")] if first else []
 
-    setup = {"predictors": [Wrong()], "prefetcher": Everything()}
-    slow = SimLink(bytes_per_second=BYTES, latency=0.0)
-    done, _ = run(events, geometry(2, 4, 1), 8, link=slow, **setup)
-    level = done.levels[0]
-    assert level.link.moved[Priority.PREFETCH] == 0 and level.wasted_bytes == 0
-    assert not level.holds(ExpertKey(1, 3))
-    # With time between layers the read begins, and stays.
-    done, _ = run(events, geometry(2, 4, 1), 8, link=slow, machine=SimMachine(layer=Line(0.5)), **setup)
-    assert done.levels[0].link.moved[Priority.PREFETCH] == BYTES and done.levels[0].wasted_bytes == BYTES
+    for seconds, moved in ((0.0, 0), (0.5, BYTES)):  # with time between layers the read begins
+        setup = {"predictors": [Wrong()], "prefetcher": Everything()}
+        link, machine = SimLink(bytes_per_second=BYTES), SimMachine(layer=Line(seconds))
+        done, _ = run(events, geometry(2, 4, 1), 2, bypass=False, link=link, machine=machine, **setup)
+        level = done.levels[0]
+        assert not level.holds(ExpertKey(1, 3))
+        assert level.link.moved[Priority.PREFETCH] == level.wasted_bytes == moved
+
+
+@settings(max_examples=30)
+@given(made_traces(), st.sampled_from(CAUSAL), st.data())
+def test_hits_depend_on_no_clock(made, name, data):
+    """However fast link and device are, the same experts have slots when an event comes."""
+    events, geo = made
+    experts = geo.layers[0].experts
+    start = [prompt(n, range(experts), 3 * experts, step=-1) for n in range(len(geo.layers))]
+    slots = data.draw(st.integers(2, geo.total_experts))
+    found = set()
+    for speed, seconds in ((math.inf, 0.0), (1e6, 0.001), (1e3, 0.3), (1e3, 3.0)):
+        link = SimLink(bytes_per_second=speed, chunk_bytes=300)
+        machine = SimMachine(Line(seconds / 3), Line(seconds))
+        setup = {
+            "predictors": [Same(len(geo.layers))],
+            "prefetcher": Everything(),
+            "dense_prefetch": 2.0,
+            "run_experts": 2,
+        }
+        done, _ = run(start + events, geo, slots, name, link=link, machine=machine, bypass=False, **setup)
+        found.add((done.counters.total("hits"), done.levels[0].evictions))
+    assert len(found) == 1
+
+
+class Same(Predictor):
+    """Says that the next layer will use what this one does."""
+
+    def __init__(self, layers):
+        self.layers = layers
+
+    def after_gate(self, event):
+        if event.layer + 1 == self.layers:
+            return []
+        chances = tuple(1.0 for _ in event.experts)
+        return [Forecast(event.step, event.layer + 1, event.experts, chances, 1, "same")]
 
 
 def test_cpu_pool_works_beside_the_device():

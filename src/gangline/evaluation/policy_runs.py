@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from gangline.core.errors import UsageError
+from gangline.core.geometry import LayerGeometry
 from gangline.evaluation.prompts import TEXT
 from gangline.evaluation.simulation import ModelParts, SimulationSettings
-from gangline.evaluation.speed_run import timed_generation
+from gangline.evaluation.speed_run import Sample, timed_generation
 from gangline.runtime.router_scores import router_scores
 from gangline.traces import Trace, TraceWriter, open_trace
 from gangline.traces.describe import describe_recording
 from gangline.traces.hooks import observe
 from gangline.traces.recorder import Recorder
+from gangline.traces.simulator import Line, SimMachine
 
 
 @dataclass(frozen=True)
@@ -113,33 +115,88 @@ def record_pieces(
     return open_trace(folder)
 
 
-def _run(model: Any, piece: Piece) -> tuple[float, float]:
+def _run(model: Any, piece: Piece) -> Sample:
     ids_1P, following_1N = torch.tensor([piece.prompt]), torch.tensor([piece.following])
-    sample = timed_generation(model, ids_1P, len(piece.following), following_1N)
-    return sample.prefill_seconds, sample.decode_seconds
+    return timed_generation(model, ids_1P, len(piece.following), following_1N)
+
+
+@dataclass(frozen=True)
+class PhaseRun:
+    """What the engine took for all passes of one phase.
+
+    Attributes:
+        passes: forward passes, and tokens: rows of all of them.
+        seconds: of all; ``stall_seconds`` of them computing waited for bytes, and ``compute_seconds`` of them
+            it computed leased experts.
+        hits, misses: experts of events that had a slot or had none.
+        bytes_read: from disk, whether asked for or ahead.
+    """
+
+    passes: int
+    tokens: int
+    seconds: float
+    stall_seconds: float
+    compute_seconds: float
+    hits: int
+    misses: int
+    bytes_read: int
+
+    @property
+    def rows(self) -> float:
+        """Tokens of one pass."""
+        return self.tokens / self.passes
+
+    @property
+    def expert_seconds(self) -> float:
+        """Computing one expert on its tokens."""
+        return self.compute_seconds / max(1, self.hits + self.misses)
+
+    @property
+    def other_seconds(self) -> float:
+        """Everything but experts and waiting, of one pass."""
+        return max(0.0, self.seconds - self.stall_seconds - self.compute_seconds) / self.passes
 
 
 @dataclass(frozen=True)
 class LiveRun:
-    """What the engine took for some pieces.
+    """What the engine took for some pieces: for their prompts, and for decoding what follows.
 
     Attributes:
-        tokens: rows that went through the model, prompts included; ``decoded`` those of decoding passes.
-        seconds, decode_seconds: of all, and of decoding.
-        hits, misses: experts of events that had a slot or had none.
-        bytes_read: from disk, whether asked for or ahead; ``bytes_ahead`` of them ahead.
-        stall_seconds: time that computing waited for bytes.
+        prompt, decode: the two phases.
+        bytes_ahead: bytes that were read ahead in both.
     """
 
-    tokens: int
-    decoded: int
-    seconds: float
-    decode_seconds: float
-    hits: int
-    misses: int
-    bytes_read: int
+    prompt: PhaseRun
+    decode: PhaseRun
     bytes_ahead: int
-    stall_seconds: float
+
+    @property
+    def hits(self) -> int:
+        """Experts of events that had a slot."""
+        return int(self._both("hits"))
+
+    @property
+    def misses(self) -> int:
+        """Experts of events that had none."""
+        return int(self._both("misses"))
+
+    def _both(self, name: str) -> Any:
+        return getattr(self.prompt, name) + getattr(self.decode, name)
+
+    @property
+    def tokens(self) -> int:
+        """Rows that went through the model, prompts included."""
+        return int(self._both("tokens"))
+
+    @property
+    def seconds(self) -> float:
+        """Time of everything."""
+        return float(self._both("seconds"))
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes from disk, whether asked for or ahead."""
+        return int(self._both("bytes_read"))
 
     @property
     def tokens_per_second(self) -> float:
@@ -148,7 +205,7 @@ class LiveRun:
 
     @property
     def hit_rate(self) -> float | None:
-        """Share of hits."""
+        """Share of experts of events that had a slot."""
         seen = self.hits + self.misses
         return self.hits / seen if seen else None
 
@@ -157,35 +214,55 @@ def run_live(model: Any, pieces: Sequence[Piece]) -> LiveRun:
     """Run pieces one after another under the policy that the model has."""
     stats = model.gangline.store.stats
     before = stats.to_dict()
-    times = [_run(model, piece) for piece in pieces]
+    samples = [_run(model, piece) for piece in pieces]
     after = stats.to_dict()
+    names = ("hits", "misses", "stall_seconds", "compute_seconds")
+    decode = {name: sum(getattr(sample, name) for sample in samples) for name in (*names, "bytes_read")}
+    whole = {name: after[name] - before[name] for name in names}
+    whole["bytes_read"] = after["total_bytes_read"] - before["total_bytes_read"]
+    decoded = sum(len(piece.following) - 1 for piece in pieces)
     return LiveRun(
-        tokens=sum(piece.tokens for piece in pieces),
-        decoded=sum(len(piece.following) - 1 for piece in pieces),
-        seconds=sum(map(sum, times)),
-        decode_seconds=sum(decode for _, decode in times),
-        hits=after["hits"] - before["hits"],
-        misses=after["misses"] - before["misses"],
-        bytes_read=after["total_bytes_read"] - before["total_bytes_read"],
+        PhaseRun(
+            passes=len(pieces),
+            tokens=sum(len(piece.prompt) for piece in pieces),
+            seconds=sum(sample.prefill_seconds for sample in samples),
+            **{name: value - decode[name] for name, value in whole.items()},
+        ),
+        PhaseRun(decoded, decoded, sum(sample.decode_seconds for sample in samples), **decode),
         bytes_ahead=after["bytes_read"]["prefetch"] - before["bytes_read"]["prefetch"],
-        stall_seconds=after["stall_seconds"] - before["stall_seconds"],
     )
 
 
-def at_speed_of(run: LiveRun, settings: SimulationSettings, layers: int) -> SimulationSettings:
-    """Return settings with the speeds of this machine as one live run shows them.
+def at_speed_of(
+    run: LiveRun, settings: SimulationSettings, layers: Sequence[LayerGeometry]
+) -> SimulationSettings:
+    """Return settings with the speeds of this machine as one live run of the default shows them.
 
-    The link is what the disk gave while somebody waited for it; where nobody did, it is fast enough not to
-    matter. All computing counts as time between the MoE layers, of which there are ``layers``.
+    The link is what the disk gave while a decoded token waited for it; where none did, it is fast enough not
+    to matter. Computing costs a fixed part and one for each row, so that both phases take what they took.
+
+    Args:
+        run: without reading ahead while decoding.
+        settings: to change.
+        layers: the MoE layers.
     """
-    waited = run.stall_seconds > 0 and run.bytes_read > 0
-    busy = max(run.seconds - run.stall_seconds, 1e-6)
-    return replace(
-        settings,
-        link=run.bytes_read / run.stall_seconds if waited else 1e12,
-        expert_seconds=0.0,
-        layer_seconds=busy / run.tokens / layers,
+    prompt, decode = run.prompt, run.decode
+    waited = decode.stall_seconds > 0 and decode.bytes_read > 0
+    chosen = prompt.rows * sum(layer.top_k for layer in layers) * prompt.passes  # by all rows of prompts
+    shared = chosen / max(1, prompt.hits + prompt.misses)
+    machine = SimMachine(
+        expert=_line(decode.expert_seconds, prompt.expert_seconds, shared),
+        layer=_line(decode.other_seconds / len(layers), prompt.other_seconds / len(layers), prompt.rows),
     )
+    link = decode.bytes_read / decode.stall_seconds if waited else 1e12
+    return replace(settings, link=link, machine=machine)
+
+
+def _line(one: float, many: float, rows: float) -> Line:
+    """Return the line through the seconds of one row and of ``rows``; it never falls."""
+    slope = max(0.0, many - one) / (rows - 1) if rows > 1 else 0.0
+    slope = min(slope, one)  # the fixed part is not below zero
+    return Line(one - slope, slope)
 
 
 def model_parts(model: Any, network: Any = None, network_kind: str | None = None) -> ModelParts:

@@ -1,7 +1,6 @@
 """Simulate several caches at several capacities on one trace, with the bounds beside each."""
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -13,7 +12,7 @@ from gangline.core.sizes import format_size, parse_size
 from gangline.policies.caches import CachePolicy, make_cache
 from gangline.policies.caches.static_hot import hottest
 from gangline.policies.compositions import COMPOSITIONS, Composition, find_composition, require_exact
-from gangline.policies.parts import Material, build_parts, slot_cost
+from gangline.policies.parts import Material, build_parts
 from gangline.policies.predictors.next_gate import Gate
 from gangline.policies.predictors.oracle import Oracle
 from gangline.policies.prefetch import WholeSet
@@ -49,6 +48,7 @@ class SimulationSettings:
         link: bytes per second into the slots; None takes what was measured on this machine, if anything.
         expert_seconds: of one expert, read once from memory; None follows from the measured memory.
         layer_seconds: between two MoE layers.
+        machine: costs of computing in place of the two before.
         bypass: whether misses may pass through without a slot.
         oracles: layers ahead of the oracle rows.
         tokens: replay at most this many.
@@ -64,6 +64,7 @@ class SimulationSettings:
     link: float | None = None
     expert_seconds: float | None = None
     layer_seconds: float = 0.0
+    machine: SimMachine | None = None
     bypass: bool = False
     oracles: Sequence[int] = (1, 8)
     tokens: int | None = None
@@ -142,7 +143,7 @@ def simulate_trace(
     base = Setup(geometry, expert_bytes, (), machine, dense_prefetch=dense, run_experts=RUN_EXPERTS)
     link = SimLink() if speed is None else SimLink(bytes_per_second=speed)
     events = _Events(trace)
-    material = _material(trace, settings, model or ModelParts(), events.plain, machine, link)
+    material = _material(trace, settings, model or ModelParts(), events.plain)
     bench = _Bench(settings, events, base, link, material, (model or ModelParts()).embed)
     systems, left_out = _systems(settings.systems, bench)
     jobs = [partial(bench.cache, name) for name in settings.policies]
@@ -259,21 +260,13 @@ def _material(
     settings: SimulationSettings,
     model: ModelParts,
     events: Sequence[RoutingEvent],
-    machine: SimMachine,
-    link: SimLink,
 ) -> Material:
     """What compositions are made of in a simulation."""
-    cost = None
-    if settings.systems and not math.isinf(link.bytes_per_second):
-        nbytes = max(trace.header.expert_bytes)
-        cost = slot_cost(nbytes, max(machine.expert(1), 1e-9), link.bytes_per_second)
     popular = None
     if settings.calibration is not None:
         tokens = expert_tokens(settings.calibration)
         popular = hottest(tokens, len(tokens))
-    return Material(
-        trace.header.geometry, model.gates, model.network, model.network_kind, popular, events, cost
-    )
+    return Material(trace.header.geometry, model.gates, model.network, model.network_kind, popular, events)
 
 
 def _systems(names: Sequence[str], bench: _Bench) -> tuple[list[tuple[str, Composition]], list[str]]:
@@ -375,7 +368,9 @@ def _costs(trace: Trace, settings: SimulationSettings) -> tuple[float | None, Si
 
     profile = load_profile()
     speed, seconds = settings.link, settings.expert_seconds
-    notes = []
+    notes: list[str] = []
+    if settings.machine is not None and speed is not None:
+        return speed, settings.machine, notes
     if profile is not None:
         speed = speed or profile.best_disk[2]
         if seconds is None:

@@ -25,6 +25,8 @@ class Sample:
         hits: experts that an event found in memory while decoding; 0 where nobody counts.
         misses: the others.
         bytes_read: expert bytes from disk while decoding.
+        stall_seconds: of the decoding time, what was spent waiting for them.
+        compute_seconds: of it, what computing leased experts took.
     """
 
     prefill_seconds: float
@@ -32,6 +34,8 @@ class Sample:
     hits: int = 0
     misses: int = 0
     bytes_read: int = 0
+    stall_seconds: float = 0.0
+    compute_seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -64,6 +68,8 @@ def timed_generation(model: Any, ids_BP: Tensor, new_tokens: int, following_BN: 
         hits=end.host_hits - first.host_hits,
         misses=end.host_misses - first.host_misses,
         bytes_read=end.bytes_read - first.bytes_read,
+        stall_seconds=end.stall_seconds - first.stall_seconds,
+        compute_seconds=end.compute_seconds - first.compute_seconds,
     )
 
 

@@ -212,7 +212,7 @@ class _Tuning:
             oracles=(),
             calibration=self._calibration(),
         )
-        settings = at_speed_of(first, settings, len(trace.header.layers))
+        settings = at_speed_of(first, settings, trace.header.geometry.layers)
         result = simulate_trace(trace, settings, model=self._parts())
         rows = [row for row in result.rows if not row.policy.startswith("belady")]
         left_out = tuple(note for note in result.notes if "left out" in note)

@@ -20,7 +20,9 @@ class EventLease:
 
     Iterate to get ``(expert, weights)``. By default hits come first and misses as they arrive; all hits are
     leased at once. ``in_order`` gives experts in ascending id, for sums that run as they come: leases then
-    run ahead as far as there are slots, and hits that are not leased yet are not evicted for this event. An
+    run ahead as far as there are slots, and hits that are not leased yet are not evicted for this event. What
+    is handed out together is then a matter of slots, not of speed, so that which experts a prompt leaves
+    behind depends on no clock. An
     expert's lease ends when the next one is asked for, so a prompt streams through few slots. Use as a
     context manager: leaving it, also by an exception, releases everything.
     """
@@ -73,7 +75,10 @@ class EventLease:
         """
         while self._waiting or self._missing:
             experts = self._take_ready(limit or len(self._waiting) + len(self._missing))
-            yield [(e, self._store._table[ExpertKey(self._layer, e)].weights) for e in experts]
+            bound = [(e, self._store._table[ExpertKey(self._layer, e)].weights) for e in experts]
+            handed = time.perf_counter()
+            yield bound
+            self._store.stats.compute_seconds += time.perf_counter() - handed
             with self._store._changed:
                 for expert in experts:
                     self._release(expert)
@@ -95,9 +100,7 @@ class EventLease:
             while True:
                 # First of all: slots freed before this thread began to wait wake nobody.
                 self._request_missing()
-                if self._missing:
-                    limit = min(limit, max(1, len(self._waiting) // 2))
-                ready = self._ready(limit)
+                ready = self._ready(self._limited(limit))
                 if ready:
                     self._waiting = [expert for expert in self._waiting if expert not in ready]
                     if started:
@@ -110,17 +113,20 @@ class EventLease:
                 started = started or time.perf_counter()
                 store._changed.wait()
 
+    def _limited(self, limit: int) -> int:
+        return min(limit, max(1, len(self._waiting) // 2)) if self._missing else limit
+
     def _ready(self, limit: int) -> list[int]:
-        """Return up to ``limit`` held experts that are read; in order, none behind one that is not."""
+        """Return up to ``limit`` held experts that are read; in order all of the first ones or none."""
         ready: list[int] = []
-        for expert in self._waiting:
+        for expert in self._waiting[:limit] if self._in_order else self._waiting:
             slot = self._store._table[ExpertKey(self._layer, expert)]
             if slot.state is SlotState.READY:
                 if slot.error is not None:
                     raise slot.error
                 ready.append(expert)
             elif self._in_order:
-                break
+                return []
             if len(ready) == limit:
                 break
         return ready
@@ -148,7 +154,7 @@ class EventLease:
         self._store.stats.useful_prefetch_bytes += self._store._ahead.pop(key, 0)
         ticket = self._store._tickets.get(key)
         if ticket is not None:
-            self._store._readers.promote(ticket, Priority.DEMAND)
+            self._store._hurry(ticket, self._store._table[key])
 
     def _release(self, expert: int) -> None:
         self._held.discard(expert)

@@ -1,8 +1,8 @@
 """Runs a composition beside the engine: predictors, prefetch, and what events must carry for them.
 
-The order around one event is the simulator's: reads that came to nothing are cancelled; hits are decided and
-misses requested; then predictors see the event, caches hear their forecasts, and the prefetcher queues reads
-behind everything that somebody waits for.
+The order around one event is the simulator's: reads that came to nothing lose their turn; hits are decided
+and misses requested; then predictors see the event, caches hear their forecasts, and the prefetcher queues
+reads behind everything that somebody waits for.
 
 Shape suffixes: B sequences, S tokens of one pass, T rows, K chosen experts, E experts, D hidden.
 """
@@ -113,12 +113,12 @@ class PolicyDriver:
         )
 
     def routed(self, event: RoutingEvent) -> None:
-        """A router has decided, nothing is requested yet: drop reads for this layer that came to nothing."""
+        """A router has decided, nothing is requested yet: reads that came to nothing lose their turn."""
         if not self._queued:
             return
         assert self._prefetcher is not None
         for key in self._prefetcher.stale(event, self._queued):
-            self._store.cancel(key)
+            self._store.postpone(key)
         self._queued = {key for key in self._queued if key.layer != event.layer}
 
     def after_gate(self, event: RoutingEvent) -> None:
@@ -137,7 +137,7 @@ class PolicyDriver:
         self._store.forecast(forecasts)
         if self._prefetcher is None:
             return
-        room = self._prefetcher.room(self._slots, self._top_k, self._store.coming(self._queued))
+        room = self._prefetcher.room(self._slots, self._top_k, len(self._queued))
         if not room:
             return
         for fetch in self._prefetcher.plan(forecasts, self._store.holds, room):

@@ -17,16 +17,16 @@ from gangline.runtime.read_plan import ReadPlan
 
 
 class Ticket:
-    """One expert on its way. ``urgency`` may be raised while it is queued."""
+    """One expert on its way. ``priority`` may change while it is queued; ``asked`` is what it began with."""
 
-    __slots__ = ("cursor", "error", "on_done", "pending", "plan", "priority", "view")
+    __slots__ = ("asked", "cursor", "error", "on_done", "pending", "plan", "priority", "view")
 
     def __init__(
         self, plan: ReadPlan, view: memoryview, priority: Priority, on_done: Callable[["Ticket"], None]
     ) -> None:
         self.plan = plan
         self.view = view
-        self.priority = priority
+        self.priority = self.asked = priority
         self.on_done = on_done
         self.cursor = 0
         self.pending = len(plan.chunks)
@@ -56,10 +56,10 @@ class Readers:
             heapq.heappush(self._queue, (ticket.priority, next(self._order), ticket))
             self._work.notify(len(ticket.plan.chunks))
 
-    def promote(self, ticket: Ticket, priority: Priority) -> None:
-        """Raise the urgency of a read; chunks that are under way finish as they are."""
+    def change(self, ticket: Ticket, priority: Priority) -> None:
+        """Change the urgency of a read; chunks that are under way finish as they are."""
         with self._lock:
-            if priority < ticket.priority and ticket.cursor < len(ticket.plan.chunks):
+            if priority != ticket.priority and ticket.cursor < len(ticket.plan.chunks):
                 ticket.priority = priority
                 heapq.heappush(self._queue, (priority, next(self._order), ticket))
 
@@ -87,9 +87,9 @@ class Readers:
                     self._work.wait()
                 if self._closed:
                     return None
-                ticket = self._queue[0][2]
-                if ticket.cursor >= len(ticket.plan.chunks):
-                    heapq.heappop(self._queue)  # the older entry of a promoted read, or a cancelled one
+                priority, _, ticket = self._queue[0]
+                if ticket.cursor >= len(ticket.plan.chunks) or priority != ticket.priority:
+                    heapq.heappop(self._queue)  # the older entry of a read that changed, or a cancelled one
                     continue
                 ticket.cursor += 1
                 return ticket, ticket.cursor - 1

@@ -35,6 +35,7 @@ class RuntimeStats:
         prefill_tokens: rows of forward passes with more than one token per sequence.
         decode_tokens: rows of the others.
         stall_seconds: time that computing waited for reads.
+        compute_seconds: time that computing leased experts took.
         evictions: experts that gave up their slot.
         hit_rate: share of hits, None before the first event.
         approximate: what changes the model's output besides its precision, in words; None if nothing does.
@@ -47,6 +48,7 @@ class RuntimeStats:
     prefill_tokens: int
     decode_tokens: int
     stall_seconds: float
+    compute_seconds: float
     evictions: int
     hit_rate: float | None
     approximate: str | None = None
@@ -167,6 +169,7 @@ class Runtime:
             prefill_tokens=self._prefill_tokens,
             decode_tokens=self._decode_tokens,
             stall_seconds=stats.stall_seconds,
+            compute_seconds=stats.compute_seconds,
             evictions=stats.evictions,
             hit_rate=stats.hit_rate,
             approximate=self._approximate,

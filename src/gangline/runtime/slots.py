@@ -12,6 +12,7 @@ from gangline.core.errors import BudgetError
 from gangline.core.keys import ExpertKey
 from gangline.core.sizes import format_size
 from gangline.policies.caches import CachePolicy
+from gangline.runtime.readers import Ticket
 
 
 class SlotState(Enum):
@@ -23,9 +24,13 @@ class SlotState(Enum):
 
 
 class Slot:
-    """One place for one expert. ``leases`` counts the consumers that forbid eviction."""
+    """One place for one expert. ``leases`` counts the consumers that forbid eviction.
 
-    __slots__ = ("error", "key", "leases", "offset", "state", "weights")
+    ``draining`` is a read for an expert that gave up the slot before its bytes were there, and that could not
+    be stopped; ``queued`` the read that waits for it.
+    """
+
+    __slots__ = ("draining", "error", "key", "leases", "offset", "queued", "state", "weights")
 
     def __init__(self, offset: int) -> None:
         self.offset = offset
@@ -34,6 +39,8 @@ class Slot:
         self.leases = 0
         self.weights: Any = None
         self.error: Exception | None = None
+        self.draining: Ticket | None = None
+        self.queued: Ticket | None = None
 
 
 class SlotPool:

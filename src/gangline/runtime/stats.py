@@ -15,12 +15,14 @@ class StoreStats(EventCounts):
 
     Attributes:
         stall_seconds: time the computing thread waited for bytes.
+        compute_seconds: time from handing experts out until the next ones were asked for.
         evictions: experts that gave up their slot.
         useful_prefetch_bytes: read ahead and used by an event; ``wasted_prefetch_bytes`` were evicted unused.
         bytes_read: payload bytes read from DISK, by priority class; cancelled reads do not count.
     """
 
     stall_seconds: float = 0.0
+    compute_seconds: float = 0.0
     evictions: int = 0
     useful_prefetch_bytes: int = 0
     wasted_prefetch_bytes: int = 0

@@ -2,7 +2,9 @@
 
 Tiers today are HOST (slots) and DISK (files of a catalog). An event's hits are decided and leased before any
 of its misses evicts something (a later miss must not overwrite a slot that an earlier id already resolved
-to); demand reads go before prefetches; a leased or loading slot is never a victim.
+to); demand reads go before prefetches; a leased slot is never a victim. Which expert has a slot depends on
+events and policies alone, never on how fast reads are: one that is still on its way may be a victim too, and
+the next read into its slot begins when the first has ended.
 """
 
 import logging
@@ -60,6 +62,7 @@ class ExpertStore:
         self._table: dict[ExpertKey, Slot] = {}
         self._tickets: dict[ExpertKey, Ticket] = {}
         self._ahead: dict[ExpertKey, int] = {}  # read ahead and not used yet, with their bytes
+        self._draining: set[Ticket] = set()  # reads that go on though their expert has lost its slot
         self._unverified = set(catalog.checksums or ())
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -107,23 +110,19 @@ class ExpertStore:
             self._start_read(key, slot, priority)
             return True
 
-    def cancel(self, key: ExpertKey) -> bool:
-        """Drop a requested read that has not started and that no event waits for."""
-        with self._changed:
-            ticket, slot = self._tickets.get(key), self._table.get(key)
-            if ticket is None or slot is None or slot.leases or not self._readers.cancel(ticket):
-                return False
-            del self._tickets[key]
-            nbytes = sum(nbytes for _, nbytes in ticket.plan.fields)
-            self.stats.bytes_read[ticket.priority.name.lower()] -= nbytes
-            self._ahead.pop(key, None)
-            self._drop(key, slot)
-            self._changed.notify_all()
-            return True
+    def postpone(self, key: ExpertKey) -> None:
+        """Read an expert that was asked for ahead of time after everything else: its layer did not want it.
 
-    def coming(self, keys: Collection[ExpertKey]) -> int:
-        """Return how many of ``keys`` are on their way."""
-        return sum(key in self._tickets for key in keys)
+        It keeps its slot until somebody needs that; a read that has not begun by then never will.
+        """
+        with self._lock:
+            ticket, slot = self._tickets.get(key), self._table.get(key)
+            if ticket is None or slot is None or slot.leases:
+                return
+            if slot.queued is ticket:
+                ticket.priority = Priority.BACKGROUND
+            else:
+                self._readers.change(ticket, Priority.BACKGROUND)
 
     def forecast(self, forecasts: Sequence[Forecast]) -> None:
         """Tell the cache policies what predictors expect."""
@@ -167,7 +166,7 @@ class ExpertStore:
     def wait_idle(self) -> None:
         """Wait until nothing is being read; raise the first read error, if any."""
         with self._changed:
-            while self._tickets:
+            while self._tickets or self._draining:
                 self._changed.wait()
             for slot in self._table.values():
                 if slot.error is not None:
@@ -184,6 +183,7 @@ class ExpertStore:
         with self._changed:
             self._table.clear()
             self._tickets.clear()
+            self._draining.clear()
             self._changed.notify_all()
 
     # Slots: the lock is held in all of these.
@@ -209,16 +209,36 @@ class ExpertStore:
         return pool.free.pop()
 
     def _evictable(self, key: ExpertKey) -> bool:
-        slot = self._table[key]
-        return slot.leases == 0 and slot.state is SlotState.READY
+        return self._table[key].leases == 0
 
     def _drop(self, key: ExpertKey, slot: Slot) -> None:
         pool = self._pools[key.layer]
         del self._table[key]
         pool.policy.evicted(key)
+        ticket = self._tickets.pop(key, None)
+        if ticket is not None:
+            self._stop(key, slot, ticket)
         self.stats.wasted_prefetch_bytes += self._ahead.pop(key, 0)
         slot.state, slot.key, slot.weights, slot.error = SlotState.FREE, None, None, None
         pool.free.append(slot)
+
+    def _stop(self, key: ExpertKey, slot: Slot, ticket: Ticket) -> None:
+        """End a read, at once if it has not begun; otherwise its slot must wait for its end."""
+        if slot.queued is ticket:
+            slot.queued = None
+        elif not self._readers.cancel(ticket):
+            slot.draining = ticket
+            self._draining.add(ticket)
+            return
+        self.stats.bytes_read[ticket.asked.name.lower()] -= sum(nbytes for _, nbytes in ticket.plan.fields)
+        self._ahead.pop(key, None)
+
+    def _hurry(self, ticket: Ticket, slot: Slot) -> None:
+        """Somebody waits for this read."""
+        if slot.queued is ticket:
+            ticket.priority = Priority.DEMAND
+            ticket = slot.draining or ticket
+        self._readers.change(ticket, Priority.DEMAND)
 
     def _start_read(self, key: ExpertKey, slot: Slot, priority: Priority) -> None:
         pool = self._pools[key.layer]
@@ -233,7 +253,12 @@ class ExpertStore:
         self.stats.bytes_read[priority.name.lower()] += nbytes
         if priority is Priority.PREFETCH:
             self._ahead[key] = nbytes
-        self._readers.submit(ticket)
+        if slot.draining is None:
+            self._readers.submit(ticket)
+            return
+        slot.queued = ticket
+        if priority is Priority.DEMAND:
+            self._hurry(ticket, slot)
 
     def _plan(self, key: ExpertKey) -> ReadPlan:
         return plan_reads(self._catalog.extents[key], self._files.align)
@@ -241,6 +266,10 @@ class ExpertStore:
     # Completion: runs in a reader thread.
 
     def _finish(self, key: ExpertKey, slot: Slot, ticket: Ticket) -> None:
+        with self._changed:
+            if ticket in self._draining:
+                self._drained(slot, ticket)
+                return
         raws = self._pools[key.layer].raw(slot, ticket.plan.fields)
         error: Exception | None = ticket.error or self._verify(key, raws)
         weights = None
@@ -250,11 +279,21 @@ class ExpertStore:
             except Exception as raised:  # noqa: BLE001 - the thread that waits for this expert must see it
                 error = raised
         with self._changed:
+            if ticket in self._draining:
+                self._drained(slot, ticket)
             if self._tickets.get(key) is not ticket:
                 return
             del self._tickets[key]
             slot.weights, slot.error, slot.state = weights, error, SlotState.READY
             self._changed.notify_all()
+
+    def _drained(self, slot: Slot, ticket: Ticket) -> None:
+        """A read that nobody wants any more has ended: the next one may begin."""
+        self._draining.discard(ticket)
+        queued, slot.draining, slot.queued = slot.queued, None, None
+        if queued is not None:
+            self._readers.submit(queued)
+        self._changed.notify_all()
 
     def _verify(self, key: ExpertKey, raws: Sequence[Tensor]) -> PackError | None:
         """Check an expert against its checksum the first time it is read in this process."""

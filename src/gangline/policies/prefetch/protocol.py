@@ -44,7 +44,7 @@ class Prefetcher(Protocol):
         """
         ...
 
-    def room(self, slots: int, top_k: int, coming: int) -> int:
+    def room(self, slots: int, top_k: int, waiting: int) -> int:
         """Return how many reads may be queued now, so that they flood neither the link nor the slots.
 
         A planner that is asked after each layer loses nothing by a short queue: what was left out comes up
@@ -53,11 +53,12 @@ class Prefetcher(Protocol):
         Args:
             slots: expert slots in all.
             top_k: experts per token, the most of all layers.
-            coming: reads that were queued before and have not arrived.
+            waiting: reads that were queued before and whose layer has not routed since. How many have
+                arrived would depend on the link, and no two runs would be the same.
         """
         most = slots // 2 if self.whole_pass else min(slots // 2, 2 * top_k)
-        return max(0, most - coming)
+        return max(0, most - waiting)
 
     def stale(self, event: RoutingEvent, queued: Collection[ExpertKey]) -> list[ExpertKey]:
-        """Return queued reads for the layer of ``event`` that its router did not ask for: cancel them."""
+        """Return queued reads for the layer of ``event`` that its router did not ask for."""
         return [key for key in queued if key.layer == event.layer and key.expert not in event.experts]

@@ -1,8 +1,8 @@
 """One tier of slots in the simulation: what is resident, what is on its way, who must go.
 
 It follows the engine's store step by step: hits of an event are decided and leased before any of its misses
-evicts something, a leased expert or one on its way is never a victim, and a policy that wants to wait is
-overruled only when the event could not go on.
+evicts something, a leased expert is never a victim, one on its way may be, and a policy that wants to wait
+is overruled only when the event could not go on.
 """
 
 from collections.abc import Collection, Sequence
@@ -104,7 +104,7 @@ class Level:
             spared: experts of the same layer that are no victims unless ``must``.
         """
         self.link.advance(now)
-        if not self._make_room(key, must, spared):
+        if not self._make_room(key, must, spared, now):
             return False
         nbytes = self._bytes[key.layer]
         if priority is Priority.PREFETCH:
@@ -113,14 +113,12 @@ class Level:
         self.policy.admitted(key)
         return True
 
-    def cancel(self, key: ExpertKey, now: float) -> None:
-        """Take back a request of which no byte has moved and that no event waits for."""
+    def postpone(self, key: ExpertKey, now: float) -> None:
+        """Bring an expert that was asked for ahead of time after everything else."""
+        self.link.advance(now)
         transfer = self._pending(key)
-        if transfer is None or key in self._leases or not self.link.cancel(transfer, now):
-            return
-        del self._arrivals[key]
-        self.policy.evicted(key)
-        self.prefetched.pop(key, None)
+        if transfer is not None and key not in self._leases:
+            transfer.priority = Priority.BACKGROUND
 
     def pass_through(self, key: ExpertKey, now: float) -> Transfer:
         """Start the transfer of an expert that will have no slot (bypass)."""
@@ -146,9 +144,9 @@ class Level:
         return transfer if transfer is not None and transfer.done is None else None
 
     def _evictable(self, key: ExpertKey) -> bool:
-        return key not in self._leases and self._pending(key) is None
+        return key not in self._leases
 
-    def _make_room(self, key: ExpertKey, must: bool, spared: Collection[int]) -> bool:
+    def _make_room(self, key: ExpertKey, must: bool, spared: Collection[int], now: float) -> bool:
         if len(self._arrivals) < self.spec.slots:
             return True
 
@@ -160,10 +158,13 @@ class Level:
             victim = next((k for k in self._arrivals if self._evictable(k)), None)
         if victim is None:
             return False
+        transfer = self._pending(victim)
         del self._arrivals[victim]
         self.policy.evicted(victim)
         self.evictions += 1
-        self.wasted_bytes += self.prefetched.pop(victim, 0)
+        ahead = self.prefetched.pop(victim, 0)
+        if transfer is None or not self.link.cancel(transfer, now):  # what has begun is brought in vain
+            self.wasted_bytes += ahead
         return True
 
     def _bring(self, key: ExpertKey, priority: Priority, now: float) -> Transfer:

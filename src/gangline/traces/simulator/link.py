@@ -14,7 +14,8 @@ class Transfer:
 
     Attributes:
         nbytes: bytes in all; ``left`` those not moved yet.
-        priority: class of the request; raised when an event comes to wait for it.
+        priority: class of the request; raised when an event comes to wait for it, lowered when its event
+            did not want it. ``asked`` is what it was at first.
         earliest: when it may start.
         source: link and transfer that bring the bytes to where this one starts; None if they are there.
         done: when the last byte arrived, None before.
@@ -25,10 +26,12 @@ class Transfer:
     earliest: float = 0.0
     source: "tuple[Link, Transfer] | None" = None
     left: int = field(init=False)
+    asked: Priority = field(init=False)
     done: float | None = None
 
     def __post_init__(self) -> None:
         self.left = self.nbytes
+        self.asked = self.priority
 
 
 class Link:
@@ -67,7 +70,7 @@ class Link:
         if transfer.left < transfer.nbytes or transfer not in self._queue:
             return False
         self._queue.remove(transfer)
-        self.moved[transfer.priority] -= transfer.nbytes
+        self.moved[transfer.asked] -= transfer.nbytes
         return True
 
     def advance(self, until: float) -> None:
@@ -89,12 +92,6 @@ class Link:
                 if transfer.done is not None:
                     return transfer
             self._one_chunk(math.inf)
-
-    def finish_next(self) -> float:
-        """Move bytes until any transfer that is queued has arrived; return when."""
-        done = self.finish_first(tuple(self._queue)).done
-        assert done is not None
-        return done
 
     def _start(self, transfer: Transfer, horizon: float) -> float:
         """When a transfer may start, as far as that is known at ``horizon``; infinite if it is not."""

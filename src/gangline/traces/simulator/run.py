@@ -5,7 +5,6 @@ link per tier of slots. Every routing event is atomic: its hits are decided befo
 admitted. Replaying one access at a time instead inflates recency policies and can invert rankings.
 """
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -202,12 +201,12 @@ class _Simulation:
             level = level.below
 
     def _drop_stale(self, event: RoutingEvent) -> None:
-        """Cancel reads for this layer that its router did not ask for."""
+        """Reads for this layer that its router did not ask for lose their turn."""
         prefetcher = self.setup.prefetcher
         if prefetcher is None or not self.queued:
             return
         for key in prefetcher.stale(event, self.queued):
-            self.top.cancel(key, self.now)
+            self.top.postpone(key, self.now)
         self.queued = {key for key in self.queued if key.layer != event.layer}
 
     def forecast(self, event: RoutingEvent) -> None:
@@ -223,9 +222,7 @@ class _Simulation:
         prefetcher = self.setup.prefetcher
         if prefetcher is None:
             return
-        self.top.link.advance(self.now)
-        coming = sum(map(self.top.coming, self.queued))
-        room = prefetcher.room(self.top.spec.slots, self._top_k, coming)
+        room = prefetcher.room(self.top.spec.slots, self._top_k, len(self.queued))
         if not room:
             return
         for fetch in prefetcher.plan(forecasts, self.top.holds, room):
@@ -310,29 +307,28 @@ class _EventRun:
         if self.missing:
             most = min(most, max(1, len(self.waiting) // 2))
         top.link.advance(simulation.now)
-        transfers = {e: top.transfer(ExpertKey(layer, e)) for e in self.waiting} | self.slotless
         if in_order and self.waiting:
-            candidates = self.waiting[:1] + list(self.slotless)
-        else:
-            candidates = list(transfers)
+            taken, self.waiting = self.waiting[:most], self.waiting[most:]
+            for expert in taken:
+                self._wait(expert, top.transfer(ExpertKey(layer, expert)))
+            return taken
+        transfers = {e: top.transfer(ExpertKey(layer, e)) for e in self.waiting} | self.slotless
+        candidates = list(transfers)
         there = [e for e in candidates if _there(transfers[e], simulation.now)]
         if not there:
-            coming = [t for e in candidates if (t := transfers[e]) is not None]
-            if not coming:  # every slot waits for bytes of another layer: the first to have them can be taken
-                self._stall("demand", top.link.finish_next())
-                return self._take_ready(in_order)
-            first = top.link.finish_first(coming)
+            first = top.link.finish_first([t for e in candidates if (t := transfers[e]) is not None])
             expert = next(e for e in candidates if transfers[e] is first)
-            assert first.done is not None
-            self._stall("late" if expert in self.hits else "demand", first.done)
+            self._wait(expert, first)
             there = [expert]
-        if in_order and there[0] in self.waiting:
-            # A run goes on as far as the next ones are there as well.
-            rest = itertools.takewhile(lambda e: _there(transfers[e], simulation.now), self.waiting[1:])
-            there = [*there, *rest]
         taken = there[:most]
         self.waiting = [expert for expert in self.waiting if expert not in taken]
         return taken
+
+    def _wait(self, expert: int, transfer: Transfer | None) -> None:
+        """Wait for the bytes of an expert."""
+        if transfer is not None:
+            done = self.simulation.top.link.finish(transfer)
+            self._stall("late" if expert in self.hits else "demand", done)
 
     def _stall(self, cause: str, until: float) -> None:
         waited = max(0.0, until - self.simulation.now)
