@@ -117,15 +117,20 @@ class EventLease:
         return min(limit, max(1, len(self._waiting) // 2)) if self._missing else limit
 
     def _ready(self, limit: int) -> list[int]:
-        """Return up to ``limit`` held experts that are read; in order all of the first ones or none."""
+        """Return up to ``limit`` held experts that are read.
+
+        In order, and while others want their slots, all of the first ones or none: whose slot comes free must
+        not depend on who arrives first.
+        """
         ready: list[int] = []
-        for expert in self._waiting[:limit] if self._in_order else self._waiting:
+        whole = self._in_order or bool(self._missing)
+        for expert in self._waiting[:limit] if whole else self._waiting:
             slot = self._store._table[ExpertKey(self._layer, expert)]
             if slot.state is SlotState.READY:
                 if slot.error is not None:
                     raise slot.error
                 ready.append(expert)
-            elif self._in_order:
+            elif whole:
                 return []
             if len(ready) == limit:
                 break

@@ -307,7 +307,7 @@ class _EventRun:
         if self.missing:
             most = min(most, max(1, len(self.waiting) // 2))
         top.link.advance(simulation.now)
-        if in_order and self.waiting:
+        if self.waiting and (in_order or self.missing):
             taken, self.waiting = self.waiting[:most], self.waiting[most:]
             for expert in taken:
                 self._wait(expert, top.transfer(ExpertKey(layer, expert)))
