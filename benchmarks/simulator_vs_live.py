@@ -1,158 +1,193 @@
-"""Does replaying a trace predict what the engine's cache does? `demo` at three budgets.
+"""Does replaying a trace predict what the engine does? Every exact composition on `demo` at three budgets.
 
-    python benchmarks/simulator_vs_live.py --new-tokens 32 --out benchmarks/results/simulator_vs_live.json
+    python benchmarks/simulator_vs_live.py --text english=FILE --pieces 3 --new-tokens 32 \\
+        --out benchmarks/results/simulator_vs_live.json
 
-The routing of greedy answers is recorded once, with all experts in memory. Then the engine answers the same
-prompts with a quarter, half and three quarters of the expert slots, cold at first, and the simulator replays
-the trace with the very cache policy that the engine uses. "ours" is the simulated value, the peer is the live
-engine's. A hit is an expert of a routing event that has a slot when the event comes, as the engine counts.
-Only prompts depend on time at all (what was read ahead when); the simulated link is fast, as the page cache
-that holds the demo's experts.
+Pieces of a text (a prompt and the tokens that follow it, forced) are recorded once. For each number of slots
+a model is loaded, and every composition runs the pieces live from an empty cache and is simulated on the
+trace with the speed that a run of the default shows. "ours" of a hit rate is the simulated value, the peer
+the live engine's; a hit is an expert of a routing event that has a slot when the event comes. "events that
+differ" counts events whose hits are not the very same experts. Which experts have slots depends on events
+and policies alone; how many hits were still on their way ("late") and how many bytes of reads ahead that came
+to nothing had begun depend on speed as well.
 """
 
 import argparse
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import gangline
-from gangline.benchmarks.result import Row, write_result
+from gangline.benchmarks.result import Row, running_command, write_result
 from gangline.evaluation.plain import find_checkpoint, load_tokenizer
-from gangline.policies.caches import LayerLRU
-from gangline.runtime.event_rules import DENSE_PAIRS_PER_EXPERT, RUN_EXPERTS
-from gangline.traces import Trace, TraceWriter, open_trace
-from gangline.traces.describe import describe_recording
-from gangline.traces.record import record_generation
-from gangline.traces.recorder import Recorder
-from gangline.traces.simulator import Bounds, LevelSpec, Setup, SimLink, SimReport, make_report, simulate
-from gangline.traces.texts import Item
-
-SHARES = (0.25, 0.5, 0.75)
-PROMPTS = (
-    "What is a sled dog?",
-    "Explain gravity to a child.",
-    "Write a short story about a lighthouse keeper.",
-    "How do I write a for loop in Python?",
-    "Give me three facts about whales.",
-    "Schreibe einen kurzen Brief an einen Freund.",
+from gangline.evaluation.policy_runs import (
+    Piece,
+    at_speed_of,
+    cut_pieces,
+    model_parts,
+    record_pieces,
+    run_live,
 )
+from gangline.evaluation.simulation import SimulationSettings, simulate_trace
+from gangline.policies.compositions import COMPOSITIONS
+from gangline.policies.parts import LEARNED
+from gangline.policies.predictors.saved import load_predictor
+from gangline.runtime.lease import EventLease
+from gangline.traces import Trace
+from gangline.traces.simulator.level import Level
+
+MIB = 2**20
 
 
-def settings(model: Any, new_tokens: int) -> dict[str, Any]:
-    """Greedy, always of the same length."""
-    pad = model.generation_config.pad_token_id or 0
-    lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-    return {"do_sample": False, "pad_token_id": pad, **lengths}
+@dataclass
+class Hits:
+    """The hits of every event, live and simulated, in the order of the passes."""
+
+    live: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+    simulated: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Listen while the block runs."""
+        count, note = EventLease._count, Level.note
+
+        def counted(lease: EventLease, event: Any, present: set[int]) -> None:
+            self.live.append((event.layer, tuple(sorted(present))))
+            count(lease, event, present)
+
+        def noted(level: Level, event: Any) -> tuple[int, ...]:
+            found = note(level, event)
+            self.simulated.append((event.layer, found))
+            return found
+
+        EventLease._count, Level.note = counted, noted  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            EventLease._count, Level.note = count, note  # type: ignore[method-assign]
+
+    @property
+    def different(self) -> int:
+        """Events whose hits differ; the simulator may have replayed more runs behind the first."""
+        return sum(a != b for a, b in zip(self.live, self.simulated, strict=False))
 
 
-def record(items: list[Item], new_tokens: int, folder: Path) -> Trace:
-    """The routing of all answers, with every expert in memory."""
-    model = gangline.load("demo", progress=False)
-    sizes = [layout.nbytes for layout in model.gangline.catalog.layouts]
-    header = describe_recording(model, "demo", source="generation", expert_bytes=sizes)
-    with TraceWriter(folder, header) as writer:
-        record_generation(model, Recorder(writer), items, settings=settings(model, new_tokens))
-    model.gangline.close()
-    return open_trace(folder)
+class Study:
+    """One text."""
+
+    def __init__(self, arguments: argparse.Namespace, name: str, path: Path, folder: Path) -> None:
+        self.arguments, self.name, self.folder = arguments, name, folder
+        self.tokenizer = load_tokenizer(find_checkpoint("demo"))
+        lengths = {"prompt": arguments.prompt_tokens, "following": arguments.new_tokens}
+        pieces = cut_pieces(self.tokenizer, 0, [path], **lengths, count=2 * arguments.pieces)
+        self.pieces, self.others = pieces[1::2], pieces[::2]
+        self.learned = {saved.kind: (path, saved) for path, saved in arguments.learned}
+
+    def rows(self) -> list[Row]:
+        """All budgets."""
+        model: Any = gangline.load("demo", progress=False, policy="default")
+        with model.gangline:
+            trace = self._record(model, self.pieces, "trace")
+            other = self._record(model, self.others, "other")
+            active = model.gangline.geometry.active_experts
+        rows: list[Row] = []
+        for rho in self.arguments.rho:
+            slots = round(rho * active)
+            model = gangline.load("demo", progress=False, policy="default", expert_slots=slots)
+            with model.gangline:
+                run_live(model, self.others[:1])
+                first = run_live(model, self.others[-1:])
+                for name, found in COMPOSITIONS.items():
+                    if not found.exact or (
+                        found.predictor in LEARNED and found.predictor not in self.learned
+                    ):
+                        continue
+                    settings = SimulationSettings(
+                        (), (str(slots),), systems=(name,), oracles=(), calibration=other
+                    )
+                    settings = at_speed_of(first, settings, trace.header.geometry.layers)
+                    rows += self._compared(model, trace, name, settings, f"rho {rho:g}")
+        return rows
+
+    def _record(self, model: Any, pieces: list[Piece], place: str) -> Trace:
+        folder = self.folder / f"{self.name}-{place}"
+        return record_pieces(model, "demo", pieces, folder, tokenizer=self.tokenizer)
+
+    def _compared(
+        self, model: Any, trace: Trace, name: str, settings: SimulationSettings, budget: str
+    ) -> list[Row]:
+        """Rows of one composition at one budget."""
+        composition = COMPOSITIONS[name]
+        path, saved = self.learned.get(composition.predictor, (None, None))
+        if composition.cache == "static-hot":
+            path = self.folder / f"{self.name}-other"
+        model.gangline.use_policy(name, None if path is None else str(path))
+        hits, late = Hits(), model.gangline.store.stats.late
+        with hits.noted():
+            live = run_live(model, self.pieces)
+            late = model.gangline.store.stats.late - late
+            parts = model_parts(model, saved and saved.network, saved and saved.kind)
+            report = simulate_trace(trace, settings, model=parts).rows[0]
+        moved = report.levels[0].bytes_moved
+        work, peer = f"demo, {self.name}, {budget}, {name}", "live engine"
+        simulated, seen = 100 * (report.hit_rate or 0.0), 100 * (live.hit_rate or 0.0)
+        share = 100 / (live.hits + live.misses)
+        late_simulated = sum(counts["late"] for counts in report.phases.values())
+        print(f"{work}: {simulated:.2f} simulated, {seen:.2f} live, {hits.different} events", flush=True)
+        kind: dict[str, Any] = {"kind": "simulated"}
+        return [
+            Row(work, "hit rate, %", simulated, peer, seen, **kind),
+            Row(work, "off by, points", abs(simulated - seen), **kind),
+            Row(work, f"events that differ, of {len(hits.live)}", float(hits.different), **kind),
+            Row(
+                work,
+                "late hits, % of the experts of events",
+                share * late_simulated,
+                peer,
+                share * late,
+                **kind,
+            ),
+            Row(work, "bytes read, MiB", sum(moved.values()) / MIB, peer, live.bytes_read / MIB, **kind),
+        ]
 
 
-def live(items: list[Item], new_tokens: int, slots: int) -> tuple[dict[str, float], list[list[int]]]:
-    """Hit rate and bytes of the engine, and the tokens that went through the model."""
-    model = gangline.load("demo", expert_slots=slots, progress=False, policy="default")
-    tokens = []
-    for item in items:
-        ids = torch.tensor([item.ids])
-        with torch.inference_mode():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), **settings(model, new_tokens))
-        tokens.append(out[0, :-1].tolist())
-    stats = model.gangline.stats()
-    found = {
-        "hits": stats.host_hits,
-        "misses": stats.host_misses,
-        "hit rate": stats.hit_rate,
-        "bytes read": stats.bytes_read,
-    }
-    model.gangline.close()
-    return found, tokens
-
-
-def simulated(trace: Trace, slots: int) -> SimReport:
-    """The same by replay, with the engine's default cache."""
-    header = trace.header
-    events = list(trace.events({"requests"}))
-    policy = LayerLRU(slots, header.top_k, header.experts)
-    level = LevelSpec("host", slots, policy, SimLink(), bypass=False)
-    setup = Setup(
-        header.geometry,
-        header.expert_bytes,
-        (level,),
-        dense_prefetch=DENSE_PAIRS_PER_EXPERT,
-        run_experts=RUN_EXPERTS,
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    return make_report("layer-lru", setup, simulate(setup, events), Bounds(events))
-
-
-def compare(trace: Trace, items: list[Item], new_tokens: int, slots: int) -> list[Row]:
-    """Rows of one budget."""
-    found, tokens = live(items, new_tokens, slots)
-    recorded = [trace.tokens.input_id[trace.tokens.doc == n].tolist() for n in range(len(items))]
-    same = sum(
-        a == b
-        for ours, theirs in zip(recorded, tokens, strict=True)
-        for a, b in zip(ours, theirs, strict=True)
-    )
-    ours = simulated(trace, slots)
-    work = f"demo, {slots} of {trace.header.geometry.total_experts} expert slots, {len(trace)} tokens"
-    moved = sum(ours.levels[0].bytes_moved.values())
-    peer = "live engine"
-    shared: dict[str, Any] = {"kind": "simulated"}
-    print(
-        work,
-        f"live {found}, simulated {ours.hit_rate:.4f}, {same} of {len(trace)} tokens the same",
-        flush=True,
-    )
-    return [
-        Row(
-            work,
-            "hit rate, % of the experts of events",
-            100 * ours.hit_rate,
-            peer,
-            100 * found["hit rate"],
-            **shared,
-        ),
-        Row(work, "off by, points", abs(ours.hit_rate - found["hit rate"]) * 100, **shared),
-        Row(work, "bytes read, MiB", moved / 2**20, peer, found["bytes read"] / 2**20, **shared),
-        Row(work, "tokens the same as recorded, %", 100 * same / len(trace)),
-        Row(work, "hit rate of Belady's cache (bypass), %", 100 * (ours.belady or 0.0), **shared),
-    ]
+    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
+    parser.add_argument("--predictor", action="append", default=[], type=Path, metavar="FILE")
+    parser.add_argument("--rho", type=float, nargs="+", default=[1.0, 2.0, 3.0])
+    parser.add_argument("--pieces", type=int, default=2)
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    texts = [text.partition("=") for text in arguments.text]
+    if not all(name and path for name, _, path in texts):
+        parser.error("--text wants NAME=FILE")
+    arguments.texts = [(name, Path(path)) for name, _, path in texts]
+    arguments.learned = [(path, load_predictor(path)) for path in arguments.predictor]
+    return arguments
 
 
 def main() -> None:
     """Record, run, replay, and write the result."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--new-tokens", type=int, default=40)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    arguments = parse()
     torch.set_num_threads(1)
-    tokenizer = load_tokenizer(find_checkpoint("demo"))
-    assert tokenizer is not None
-    items = []
-    for prompt in PROMPTS:
-        chat = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-        items.append(Item(prompt, tuple(ids)))
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        trace = record(items, arguments.new_tokens, Path(folder) / "trace")
-        everyone = trace.header.geometry.total_experts
-        for share in SHARES:
-            rows += compare(trace, items, arguments.new_tokens, int(share * everyone))
+        for name, path in arguments.texts:
+            rows += Study(arguments, name, path, Path(folder)).rows()
     if arguments.out is not None:
-        write_result(arguments.out.stem, rows, folder=arguments.out.parent)
+        command = running_command({"--text": "NAME=FILE", "--predictor": "FILE"})
+        write_result(arguments.out.stem, rows, command, folder=arguments.out.parent)
 
 
 if __name__ == "__main__":
