@@ -1,6 +1,7 @@
 """Tuning: the same pieces recorded, simulated and live; the choice is kept and followed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,9 @@ def _freetoken_wins(self, names):
     base = runs["default"][0]
     for name in names:
         faster = 1.0 if name == "default" else 2.0
-        runs[name] = [type(base)(**{**vars(base), "seconds": base.seconds / faster})]
+        decode = replace(base.decode, seconds=base.decode.seconds / faster)
+        prompt = replace(base.prompt, seconds=base.prompt.seconds / faster)
+        runs[name] = [replace(base, prompt=prompt, decode=decode)]
     return runs
 
 

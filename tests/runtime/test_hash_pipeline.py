@@ -8,6 +8,7 @@ import torch
 
 import gangline
 from gangline.core.errors import UsageError
+from gangline.core.keys import ExpertKey
 from gangline.policies.predictors.sida import HashFunction
 from gangline.runtime.hash_pipeline import Ahead, HashPipeline
 from gangline.runtime.hash_routing import HashRouting
@@ -123,3 +124,41 @@ def test_a_failing_model_ends_the_pipeline(model):
         next(stream)
         stream.close()
     assert not hash_threads()
+
+
+def test_the_next_batch_is_read_while_the_present_one_runs(seed, tmp_path):
+    """When a batch ends, all of the next one's set is in a slot or on its way."""
+    (tmp_path / "sida.yaml").write_text("cache: sida\nscope: global\n")
+    found = tiny_model("mixtral", seed % 1000)
+    experts, top_k = 8, found.config.num_experts_per_tok
+    layers = found.config.num_hidden_layers
+    slots = (layers + 1) * top_k  # the next set, and the experts of the layer that runs last
+    with (
+        torch.no_grad(),
+        gangline.attach(found, expert_slots=slots, policy=str(tmp_path / "sida.yaml")) as runtime,
+    ):
+        assert slots < layers * experts
+        network = HashFunction(found.get_input_embeddings().embedding_dim, [experts] * layers, 8, causal=True)
+        for head in network.heads:
+            head.weight.mul_(100)  # so that tokens differ in their sets
+        batches = [torch.randint(3, VOCABULARY, (1, 1)) for _ in range(6)]
+        done = []
+
+        def forward(ids):
+            last = len(done) == len(batches) - 1
+            patience = time.monotonic() + 20
+            while not last and not routing._expected and time.monotonic() < patience:
+                time.sleep(0.001)
+            out = found(input_ids=ids).logits
+            if not last:
+                assert all(runtime.store.holds(key) for key in sets[len(done) + 1])
+            done.append(ids)
+            return out
+
+        with HashRouting(found, network, mode="execute") as routing:
+            tables = [routing.forecasts(routing.prepare(ids).table, 0) for ids in batches]
+            sets = [{ExpertKey(f.layer, e) for f in table for e in f.experts} for table in tables]
+            results = list(HashPipeline(routing, 1).run(batches, forward))
+            assert not routing._expected and len(done) == len(batches)
+            plain = [found(input_ids=ids).logits for ids in batches]
+        assert all(torch.equal(a, b) for a, b in zip(results, plain, strict=True))

@@ -157,8 +157,9 @@ class FakeStore:
     def holds(self, key):
         return key in self.there
 
-    def request(self, key, priority):
+    def request(self, key, priority, kept=()):
         self.asked.append(key)
+        self.kept = set(kept)
         self.there.add(key)
         return True
 
@@ -173,3 +174,34 @@ def test_the_set_streams_through_few_slots_in_the_order_of_layers():
     assert store.asked[3:] == [], "layer 0 still uses two of the four"
     fetcher.advance(1)
     assert store.asked[3:] == keys[4:]
+
+
+def test_the_next_set_takes_what_the_present_one_leaves():
+    now = [ExpertKey(layer, 1) for layer in range(3)]
+    after = [ExpertKey(0, 1), ExpertKey(0, 2), ExpertKey(1, 2), ExpertKey(2, 2)]
+    store = FakeStore()
+    fetcher = SetFetcher(store, slots=4)
+    fetcher.begin(now)
+    assert store.asked == now
+    fetcher.follow(after)
+    assert store.asked[3:] == [] or store.asked[3:] == [after[1]], "one slot is left, and one expert is there"
+    assert store.kept <= {*now, *after}
+    fetcher.advance(0)
+    fetcher.advance(1)
+    fetcher.advance(2)
+    assert set(store.asked) <= {*now, *after} and after[1] in store.asked and after[2] in store.asked
+    fetcher.begin(after)
+    assert store.asked[-1] == after[3] and len(store.asked) == len(set(store.asked))
+
+
+def test_nothing_is_read_for_later_while_the_present_pass_lacks_something():
+    now = [ExpertKey(layer, expert) for layer in range(3) for expert in range(2)]
+    store = FakeStore()
+    fetcher = SetFetcher(store, slots=3)
+    fetcher.begin(now)
+    fetcher.follow([ExpertKey(0, 5)])
+    assert store.asked == now[:3]
+    fetcher.advance(1)
+    assert ExpertKey(0, 5) not in store.asked
+    fetcher.advance(2)
+    assert store.asked[-1] == ExpertKey(0, 5)

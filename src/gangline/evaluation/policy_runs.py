@@ -189,6 +189,11 @@ class LiveRun:
         return int(self._both("tokens"))
 
     @property
+    def decoded(self) -> int:
+        """Rows of decoding passes."""
+        return self.decode.tokens
+
+    @property
     def seconds(self) -> float:
         """Time of everything."""
         return float(self._both("seconds"))

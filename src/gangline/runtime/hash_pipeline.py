@@ -2,7 +2,8 @@
 
 The hash thread takes batch after batch, builds each table and puts it into a queue of bounded size; it waits
 while the queue is full. The inference thread, which is the caller's, takes the tables in order, has the
-experts of each read, and runs the batch. With a bound of 1 the table of batch i+1 is made while batch i runs.
+experts of each read, and runs the batch. With a bound of 1 the table of batch i+1 is made while batch i runs,
+and as soon as it is made its experts are read too, into the slots that batch i has no more use for.
 """
 
 import threading
@@ -145,7 +146,9 @@ class HashPipeline:
         """
 
         def prepare(ids_BS: Tensor) -> Prepared:
-            return self._routing.prepare(ids_BS)
+            prepared = self._routing.prepare(ids_BS)
+            self._routing.expect(prepared)
+            return prepared
 
         ahead = Ahead(batches, prepare, self._bound)
         try:
@@ -162,4 +165,5 @@ class HashPipeline:
                     yield out
                     started = time.perf_counter()
         finally:
+            self._routing.forget()
             self.times.hashing += ahead.seconds

@@ -10,6 +10,8 @@ prediction gives the plain model's result; the released code instead damps softm
 Shape suffixes: B sequences, S tokens of one pass, T rows, K experts per token, E experts, D hidden.
 """
 
+import threading
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -98,6 +100,9 @@ class HashRouting:
         self._layer = -1
         self._given: Prepared | None = None
         self._running: Prepared | None = None
+        self._expected: deque[Prepared] = deque()
+        self._step: int | None = None
+        self._lock = threading.Lock()
         runtime = model.gangline
         self._runtime = runtime
         self._fetcher = SetFetcher(runtime.store, runtime.plan.experts_resident)
@@ -139,9 +144,40 @@ class HashRouting:
             table = self._executed(logits)
         return Prepared(ids_BS, table, after if self._network.causal else None)
 
+    def expect(self, prepared: Prepared) -> None:
+        """A later pass will be run by this table (see :meth:`use`); any thread may say so.
+
+        The experts of the pass after the present one are read beside it, into slots that it has no use for.
+        """
+        with self._lock:
+            self._expected.append(prepared)
+            if len(self._expected) == 1:
+                self._read_next()
+
     def use(self, prepared: Prepared) -> None:
         """Let the next pass, which must be over these tokens, run by this table."""
+        with self._lock:
+            if self._expected and self._expected[0] is prepared:
+                self._expected.popleft()
         self._given = prepared
+
+    def forget(self) -> None:
+        """Expect nothing any more."""
+        with self._lock:
+            self._expected.clear()
+            self._fetcher.follow([])
+
+    def _read_next(self) -> None:
+        """Tell the cache what the pass after the present one needs, and read it (the lock is held)."""
+        if self._expected:
+            step = self._runtime.next_step if self._step is None else self._step + 1
+            self._fetcher.follow(self._announced(self._expected[0].table, step))
+
+    def _announced(self, table: HashTable, step: int) -> list[ExpertKey]:
+        """Tell the cache what pass ``step`` needs; returns that in the order of the layers."""
+        forecasts = self.forecasts(table, step)
+        self._runtime.store.forecast(forecasts)
+        return [ExpertKey(f.layer, expert) for f in forecasts for expert in sorted(f.experts)]
 
     def _executed(self, logits: Sequence[Tensor]) -> HashTable:
         """Apply the family's rule to predicted logits, sequence by sequence (capacity counts in each)."""
@@ -163,9 +199,10 @@ class HashRouting:
             raise UsageError("the pass is over other tokens than the table it was given; prepare it anew")
         self._running = given or self.prepare(ids_BS, self._state_at(_past(kwargs)))
         self._layer = -1
-        forecasts = self.forecasts(self._running.table, self._runtime.next_step)
-        self._runtime.store.forecast(forecasts)
-        self._fetcher.begin([ExpertKey(f.layer, expert) for f in forecasts for expert in sorted(f.experts)])
+        with self._lock:
+            self._step = self._runtime.next_step
+            self._fetcher.begin(self._announced(self._running.table, self._step))
+            self._read_next()
 
     def _state_at(self, past: int) -> HashState | None:
         if past == 0 or not self._network.causal:

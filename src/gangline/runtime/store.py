@@ -95,16 +95,21 @@ class ExpertStore:
         return EventLease(self, event, in_order)
 
     def request(
-        self, key: ExpertKey, priority: Priority = Priority.PREFETCH, *, spared: Collection[int] = ()
+        self,
+        key: ExpertKey,
+        priority: Priority = Priority.PREFETCH,
+        *,
+        spared: Collection[int] = (),
+        kept: Collection[ExpertKey] = (),
     ) -> bool:
         """Start reading an expert that no event needs yet; False if it is there or no slot can be spared.
 
-        ``spared``: experts of the same layer that must not give up their slot for it.
+        ``spared``: experts of the same layer, and ``kept`` of any, that must not give up their slot for it.
         """
         with self._lock:
             if self._closed or key in self._table:
                 return False
-            slot = self._take_slot(key, spared=spared)
+            slot = self._take_slot(key, spared=spared, kept=kept)
             if slot is None:
                 return False
             self._start_read(key, slot, priority)
@@ -188,17 +193,27 @@ class ExpertStore:
 
     # Slots: the lock is held in all of these.
 
-    def _take_slot(self, key: ExpertKey, *, must: bool = False, spared: Collection[int] = ()) -> Slot | None:
+    def _take_slot(
+        self,
+        key: ExpertKey,
+        *,
+        must: bool = False,
+        spared: Collection[int] = (),
+        kept: Collection[ExpertKey] = (),
+    ) -> Slot | None:
         """Return a free slot or the victim's. ``must``: any evictable one where the policy would wait.
 
         ``spared``: experts of the same layer that their event still needs; a victim only if ``must``.
+        ``kept``: experts of any layer.
         """
         pool = self._pools[key.layer]
         if pool.free:
             return pool.free.pop()
-        victim = pool.policy.victim(
-            key.layer, lambda k: self._evictable(k) and not (k.layer == key.layer and k.expert in spared)
-        )
+
+        def evictable(k: ExpertKey) -> bool:
+            return self._evictable(k) and not (k.layer == key.layer and k.expert in spared) and k not in kept
+
+        victim = pool.policy.victim(key.layer, evictable)
         if victim is None and must:
             residents = (k for k in self._table if self._pools[k.layer] is pool and self._evictable(k))
             victim = next(residents, None)
