@@ -80,6 +80,26 @@ def test_execution_says_what_it_costs(gangline, folder, text, trained):
     assert "perplexity" in result.stdout and "exact" in result.stdout
 
 
+def test_run_and_bench_execute_and_say_so(gangline, folder, trained, only_error):
+    path, _ = trained()
+    sida = ("--policy", "sida", "--predictor", path, "--mode", "execute")
+    made = gangline("run", folder, "the cat", "--raw", "--max-new-tokens", 4, *sida, "--json")
+    assert made.exit_code == 0, made.stderr
+    said = json.loads(made.stdout)
+    assert "approximate (SiDA's hash tables" in said["banner"] and "held-out text" in said["banner"]
+    assert said["stats"]["approximate"] and "approximate: SiDA" in made.stderr
+    hinted = gangline("run", folder, "the cat", "--raw", "--max-new-tokens", 4, *sida[:-2], "--json")
+    assert json.loads(hinted.stdout)["stats"]["approximate"] is None and "approximate" not in hinted.stderr
+    timed = gangline("bench", folder, "--prompt-tokens", 5, "--new-tokens", 3, "-r", 1, *sida)
+    assert timed.exit_code == 0, timed.stderr
+    assert "approximate (SiDA's hash tables" in timed.stdout
+    refused = gangline("run", folder, "the cat", "--mode", "execute")
+    assert "--policy sida and --predictor FILE" in only_error(refused)
+    other, _ = trained("token-id", "t.safetensors")
+    wrong = gangline("run", folder, "x", "--policy", "sida", "--predictor", other, "--mode", "execute")
+    assert "only one of kind sida" in only_error(wrong)
+
+
 def test_a_trace_serves_as_well(gangline, folder, text, tmp_path):
     trace, path = tmp_path / "trace", tmp_path / "p.safetensors"
     assert gangline("trace", folder, "--data", text, "-o", trace, "--logits", "--window", 32).exit_code == 0

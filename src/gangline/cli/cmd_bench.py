@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gangline.cli.options import BudgetOptions, ComputeOptions, option
+from gangline.cli.options import BudgetOptions, ComputeOptions, ModeOption, option
 from gangline.cli.output import Output
 from gangline.core.errors import CheckpointError, UsageError
 
@@ -48,6 +48,7 @@ def bench(
     record: Annotated[
         str | None, option("--record", metavar="DIR", help="Write the routing of all runs as a trace.")
     ] = None,
+    mode: ModeOption = "hint",
 ) -> None:
     """Time prompt reading and decoding; print peak memory, hit rates and the share of the bandwidth bound."""
     if (model is None) == (shape is None):
@@ -64,7 +65,7 @@ def bench(
         batch=batch,
     )
     routing = _routing(replay, record, model or shape)
-    found, arguments = model or _make(str(shape), budget), load_arguments(budget, compute)
+    found, arguments = model or _make(str(shape), budget), load_arguments(budget, compute, mode)
     if engines:
         from gangline.evaluation.compare_speed import compare_speed
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from gangline.cli.answer import SamplingOptions
-from gangline.cli.options import BudgetOptions, ComputeOptions, ModelArgument, option
+from gangline.cli.options import BudgetOptions, ComputeOptions, ModelArgument, ModeOption, option
 from gangline.cli.output import Output
 from gangline.core.errors import UsageError
 
@@ -22,6 +22,7 @@ def run(
     raw: Annotated[
         bool, option("--raw", help="Continue the prompt as it is, without a chat template.")
     ] = False,
+    mode: ModeOption = "hint",
     stats: Annotated[bool, option("--stats", help="Say on stderr what it took.")] = False,
 ) -> None:
     """Answer one prompt within a memory budget."""
@@ -31,7 +32,7 @@ def run(
     from gangline.cli.answer import generate, prompt_ids
     from gangline.cli.loading import loaded
 
-    with loaded(model, budget, compute) as ready:
+    with loaded(model, budget, compute, mode) as ready:
         import torch
 
         torch.manual_seed(compute.seed)
@@ -45,6 +46,8 @@ def run(
             out.note(f"(cut after {answer.new_tokens} tokens; --max-new-tokens and --ctx-size allow more)")
         if stats:
             out.note(banner)
+        elif (changed := runtime.stats().approximate) is not None:
+            out.note(f"approximate: {changed}; 'gangline predict eval --mode execute' measures what it costs")
         out.data(
             {
                 "model": model,

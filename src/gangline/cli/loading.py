@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from gangline.cli.options import BudgetOptions, ComputeOptions, ModelOptions
+from gangline.cli.options import BudgetOptions, ComputeOptions, ModelOptions, PredictionMode
 from gangline.core.errors import CheckpointError
 from gangline.core.sizes import parse_size
 
@@ -25,7 +25,9 @@ class Loaded:
 
 
 @contextmanager
-def loaded(model: str, budget: BudgetOptions, compute: ComputeOptions) -> Iterator[Loaded]:
+def loaded(
+    model: str, budget: BudgetOptions, compute: ComputeOptions, mode: PredictionMode = "hint"
+) -> Iterator[Loaded]:
     """Load a model with its tokenizer, and free it afterwards.
 
     Raises:
@@ -34,7 +36,7 @@ def loaded(model: str, budget: BudgetOptions, compute: ComputeOptions) -> Iterat
     from gangline.evaluation.generation import require_generation
     from gangline.evaluation.plain import find_checkpoint, load_tokenizer
 
-    arguments = load_arguments(budget, compute)
+    arguments = load_arguments(budget, compute, mode)
     tokenizer = load_tokenizer(find_checkpoint(model, budget.revision))
     if tokenizer is None:
         raise CheckpointError(
@@ -61,7 +63,9 @@ def tokenizer_at_hand(model: str, options: ModelOptions) -> Any | None:
     return load_tokenizer(dataclasses.replace(found, name=model))
 
 
-def load_arguments(options: ModelOptions, compute: ComputeOptions | None = None) -> dict[str, Any]:
+def load_arguments(
+    options: ModelOptions, compute: ComputeOptions | None = None, mode: PredictionMode = "hint"
+) -> dict[str, Any]:
     """Return the keyword arguments of ``gangline.load`` (without ``compute``: of ``gangline.plan``).
 
     Raises:
@@ -73,9 +77,13 @@ def load_arguments(options: ModelOptions, compute: ComputeOptions | None = None)
     if compute is not None:
         from gangline.runtime.policy_choice import asked_policy
 
-        asked_policy(compute.policy, compute.predictor)  # refused before anything is read
+        asked_policy(compute.policy, compute.predictor, mode)  # refused before anything is read
         arguments.update(
-            threads=compute.threads, io=compute.io, policy=compute.policy, predictor=compute.predictor
+            threads=compute.threads,
+            io=compute.io,
+            policy=compute.policy,
+            predictor=compute.predictor,
+            mode=mode,
         )
     return arguments
 

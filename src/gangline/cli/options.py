@@ -111,6 +111,17 @@ class ComputeOptions:
     ] = None
 
 
+PredictionMode = Literal["hint", "execute"]
+
+ModeOption = Annotated[
+    PredictionMode,
+    option(
+        "--mode",
+        help="--policy sida. hint: routers decide. execute: the prediction does (changes the answers).",
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
     """What every command takes."""

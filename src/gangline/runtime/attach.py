@@ -27,6 +27,7 @@ from gangline.models import (
 )
 from gangline.runtime.files import ALIGN
 from gangline.runtime.footprint import measure_footprint
+from gangline.runtime.hash_execution import execute_predictions
 from gangline.runtime.load import run_from_store
 from gangline.runtime.opened import codec_of, largest_reads
 from gangline.runtime.options import LoadOptions, plan_request
@@ -80,7 +81,7 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
         raise UsageError("a built model has its dtype and revision; convert it before gangline.attach")
     if asked.device not in (None, "cpu"):
         raise UsageError("experts of a built model stay on the processor; only gangline.load takes a device")
-    policy = asked_policy(asked.policy, asked.predictor) or DEFAULT
+    policy = asked_policy(asked.policy, asked.predictor, asked.mode) or DEFAULT
     if getattr(model, "gangline", None) is not None:
         raise UsageError("this model is attached already; call gangline.detach(model) first")
     view = find_moe(model)
@@ -132,6 +133,12 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
     assert isinstance(runtime, Runtime)
     runtime.attached = True
     runtime.on_close(lambda: _restore(dropped, folder, dtype))
+    if policy.learned is not None and asked.mode == "execute":
+        try:
+            execute_predictions(model, policy.learned)
+        except BaseException:
+            runtime.close()
+            raise
     return runtime
 
 

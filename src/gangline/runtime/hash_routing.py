@@ -63,6 +63,7 @@ class HashRouting:
         mode: see above.
         choices: experts per token; by default as many as the model's.
         damping: ``execute``: factors of a token's experts, best first.
+        agreement: ``execute``: what is known of how often the tables are right, for the banner.
 
     Attributes:
         exact: whether the routers decide.
@@ -80,6 +81,7 @@ class HashRouting:
         mode: Mode = "hint",
         choices: int | None = None,
         damping: Sequence[float] | None = None,
+        agreement: str = "",
     ) -> None:
         self._model, self._network, self.mode = model, network, mode
         both = bool(model.config.is_encoder_decoder)
@@ -108,7 +110,7 @@ class HashRouting:
         self._fetcher = SetFetcher(runtime.store, runtime.plan.experts_resident)
         self._undo: list[Undo] = [
             runtime.reroute(
-                self._reroute, None if self.exact else "SiDA's hash tables instead of the routers"
+                self._reroute, None if self.exact else f"SiDA's hash tables instead of the routers{agreement}"
             )
         ]
         self._undo.append(root.register_forward_pre_hook(self._before, with_kwargs=True).remove)

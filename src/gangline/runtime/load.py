@@ -27,6 +27,7 @@ from gangline.runtime.engine import Engine, ExpertKernel
 from gangline.runtime.files import ExpertFiles, IOMode
 from gangline.runtime.footprint import Footprint
 from gangline.runtime.gpu_experts import GpuExperts, place_experts
+from gangline.runtime.hash_execution import execute_predictions
 from gangline.runtime.native_decode import enable_native_decode
 from gangline.runtime.opened import OpenedModel, codec_of, largest_reads, open_model
 from gangline.runtime.options import LoadOptions, plan_request
@@ -58,7 +59,7 @@ def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
         TypeError: there is no such option.
     """
     asked = LoadOptions(**options)
-    policy = asked_policy(asked.policy, asked.predictor)
+    policy = asked_policy(asked.policy, asked.predictor, asked.mode)
     if asked.threads is not None:
         torch.set_num_threads(asked.threads)
     set_native_threads(torch.get_num_threads())
@@ -83,6 +84,13 @@ def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
         gpu=None if gpu is None else GpuExperts(gpu, opened.dtype),
     )
     model_run.gangline.identity = opened.identity  # type: ignore[union-attr]
+    if asked.mode == "execute":
+        assert policy is not None and policy.learned is not None
+        try:
+            execute_predictions(model_run, policy.learned)
+        except BaseException:
+            model_run.gangline.close()  # type: ignore[union-attr, operator]
+            raise
     return model_run
 
 

@@ -12,6 +12,7 @@ from gangline.models import is_chunk_safe
 from gangline.runtime.files import IOMode
 from gangline.runtime.footprint import text_config
 from gangline.runtime.planner import DEFAULT_CONTEXT, PREFILL_ROWS, PlanRequest
+from gangline.runtime.policy_choice import PredictionMode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class LoadOptions:
         policy: a composition by name, or a ``.yaml`` file with one; None takes what ``gangline tune`` found
             for this model, memory and machine, else ``default``.
         predictor: what the policy learned: a file of ``gangline predict train``, or a trace.
+        mode: ``hint``: routers decide what is computed, the predictor only what is read ahead. ``execute``:
+            SiDA's own mode, its predictor decides and routers are skipped (approximate; policy ``sida``).
         progress: show bars; None shows them on a terminal.
         device: where experts are computed: ``cpu``, or ``cuda`` (``cuda:1``) for sparse experts that all fit
             there; None takes a GPU only where its times were measured.
@@ -50,6 +53,7 @@ class LoadOptions:
     cache_seed: int | None = None
     policy: str | None = None
     predictor: str | None = None
+    mode: PredictionMode = "hint"
     progress: bool | None = None
     device: str | None = None
     name: str | None = None

@@ -3,9 +3,9 @@
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gangline.core.errors import UsageError
 from gangline.core.home import cache_dir
@@ -14,6 +14,9 @@ from gangline.policies.compositions import Composition, composition, find_compos
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
+
+PredictionMode = Literal["hint", "execute"]
+"""Whether a predictor only says what to read ahead, or also what to compute."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,32 @@ class PolicyChoice:
 DEFAULT = PolicyChoice("default", composition("default"))
 
 
-def asked_policy(policy: str | None, learned: str | None) -> PolicyChoice | None:
+def asked_policy(
+    policy: str | None, learned: str | None, mode: PredictionMode = "hint"
+) -> PolicyChoice | None:
     """Return what the user asked for, or None if nothing.
 
+    Of a composition whose prediction is executed the cache is left: the tables themselves say what to read.
+
     Raises:
-        UsageError: there is no such composition, it is not one that an engine can run, or what it learned
-            from is not there.
+        UsageError: there is no such composition, it is not one that an engine can run, what it learned from
+            is not there, or its prediction cannot be executed.
     """
+    if mode not in get_args(PredictionMode):
+        raise UsageError(f"mode {mode!r} must be hint or execute")
+    choice = _asked(policy, learned)
+    if mode == "hint":
+        return choice
+    if choice is None or choice.composition.predictor != "sida" or choice.learned is None:
+        raise UsageError(
+            "only SiDA's prediction can be executed: give --policy sida and --predictor FILE beside "
+            "--mode execute"
+        )
+    cache_alone = replace(choice.composition, predictor="none", prefetcher=None, unlike="")
+    return replace(choice, composition=cache_alone)
+
+
+def _asked(policy: str | None, learned: str | None) -> PolicyChoice | None:
     if policy is None:
         if learned is not None:
             raise UsageError("a predictor serves a policy: name it, for example --policy sida")
