@@ -133,12 +133,8 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
     assert isinstance(runtime, Runtime)
     runtime.attached = True
     runtime.on_close(lambda: _restore(dropped, folder, dtype))
-    if policy.learned is not None and asked.mode == "execute":
-        try:
-            execute_predictions(model, policy.learned)
-        except BaseException:
-            runtime.close()
-            raise
+    if asked.mode == "execute":
+        execute_predictions(model, policy)
     return runtime
 
 

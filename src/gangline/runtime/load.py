@@ -85,12 +85,7 @@ def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
     )
     model_run.gangline.identity = opened.identity  # type: ignore[union-attr]
     if asked.mode == "execute":
-        assert policy is not None and policy.learned is not None
-        try:
-            execute_predictions(model_run, policy.learned)
-        except BaseException:
-            model_run.gangline.close()  # type: ignore[union-attr, operator]
-            raise
+        execute_predictions(model_run, policy or DEFAULT)
     return model_run
 
 
