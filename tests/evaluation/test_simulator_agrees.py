@@ -17,13 +17,15 @@ from gangline.evaluation.policy_runs import Piece, cut_pieces, model_parts, reco
 from gangline.evaluation.simulation import SimulationSettings, simulate_trace
 from gangline.policies.compositions import COMPOSITIONS
 from gangline.policies.parts import LEARNED
+from gangline.policies.predictors.saved import load_predictor
 from gangline.runtime.files import ExpertFiles
 from gangline.runtime.lease import EventLease
 from gangline.traces import Trace
 from gangline.traces.simulator.level import Level
+from runtime.test_policies_live import learned
 from tiny_models import VOCABULARY, tiny_model
 
-COMPARED = sorted(n for n, found in COMPOSITIONS.items() if found.exact and found.predictor not in LEARNED)
+COMPARED = sorted(name for name, found in COMPOSITIONS.items() if found.exact)
 Hits = list[tuple[int, str, tuple[int, ...], tuple[int, ...]]]
 
 
@@ -82,7 +84,8 @@ def unrounded(model: Any, trace: Trace, pieces: Sequence[Piece]) -> Trace:
 def test_every_exact_composition(
     slots: int, hits: tuple[Hits, Hits], uneven_disk: None, seed: int, tmp_path: Path
 ) -> None:
-    tiny_model("olmoe", seed=seed, dtype=torch.float32).eval().save_pretrained(tmp_path / "m")
+    model = tiny_model("olmoe", seed=seed, dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path / "m")
     pieces = cut_pieces(None, VOCABULARY, [], prompt=10, following=6, count=4)
     live, simulated = hits
     with gangline.load(tmp_path / "m", progress=False, policy="default").gangline as runtime:
@@ -91,8 +94,13 @@ def test_every_exact_composition(
         trace = unrounded(runtime._model, trace, pieces[1:])
     with gangline.load(tmp_path / "m", progress=False, expert_slots=slots).gangline as runtime:
         for name in COMPARED:
-            learned = str(tmp_path / "other") if COMPOSITIONS[name].cache == "static-hot" else None
-            runtime.use_policy(name, learned)
+            place = tmp_path / name
+            place.mkdir()
+            path = learned(model, name, place)
+            if COMPOSITIONS[name].cache == "static-hot":
+                path = str(tmp_path / "other")
+            saved = load_predictor(Path(path)) if COMPOSITIONS[name].predictor in LEARNED else None
+            runtime.use_policy(name, path)
             live.clear()
             simulated.clear()
             before = runtime.store.stats.bytes_read["demand"]
@@ -100,7 +108,8 @@ def test_every_exact_composition(
             settings = SimulationSettings(
                 (), (str(slots),), systems=(name,), oracles=(), calibration=other, link=1e8
             )
-            report = simulate_trace(trace, settings, model=model_parts(runtime._model)).rows[0]
+            parts = model_parts(runtime._model, saved and saved.network, saved and saved.kind)
+            report = simulate_trace(trace, settings, model=parts).rows[0]
             assert live == simulated[: len(live)], name
             assert report.hit_rate == pytest.approx(run.hit_rate), name
             # What was read ahead and dropped may have begun or not; what was waited for is the same.
