@@ -20,6 +20,7 @@ from gangline.core.layout import ExpertCatalog, ExpertLayout
 from gangline.formats import codec_names
 from gangline.kernels.cpu.native_kernel import NativeKernel
 from gangline.models import MoEView, expert_math
+from gangline.runtime.arrival import slot_layout
 from gangline.runtime.dense import (
     build_skeleton,
     load_dense,
@@ -127,6 +128,7 @@ class OpenedModel:
             sizes = largest_reads(catalog, ALIGN)
         else:  # an expert pack: one aligned record an expert
             sizes = _level([_up(layout.nbytes, ALIGN) for layout in layouts])
+        layouts = tuple(slot_layout(layout) for layout in layouts)
         plain = measure_footprint(
             self.skeleton, self.dtype, self.view.geometry, layouts, tuple(sizes), self.mapped
         )

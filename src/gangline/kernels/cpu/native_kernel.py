@@ -20,6 +20,8 @@ from gangline.kernels.reference import ExpertMath, ExpertWeights, ReferenceKerne
 
 # Activations of sparse codes are rounded in groups of so many columns, whatever the groups of the weights.
 _SPARSE_GROUP = 64
+# Those of ggml's super-blocks.
+_SUPER_GROUP = 128
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 # From so many rows of one expert on, torch's matrix product of plain numbers is faster, by the
 # dtype of the rows: its bf16 product uses the processor's own bf16 instructions.
@@ -264,6 +266,8 @@ def _activation_group(spec: FieldSpec) -> int:
         return 0
     if spec.codec.startswith("samoyeds16:"):
         return _SPARSE_GROUP if "/int" in spec.codec else 0
+    if spec.codec.startswith("ggml:") and spec.codec.endswith("_K"):
+        return _SUPER_GROUP
     group = spec.codec.rpartition("g")[2].removesuffix("z")
     return int(group) if spec.codec.startswith("tile16:int") else 32
 
