@@ -1,8 +1,8 @@
 """What happens to an expert between its last byte from disk and its first use: ggml blocks become tiles.
 
-``Q4_0``, ``Q8_0`` and ``MXFP4`` hold what tiles hold, in another order and as many bytes, so a GGUF file needs
-no pack: its experts are read where they lie and turned in their slot. The weights stay the same, bit for bit,
-and as every expert is turned, where it lies never changes an answer.
+``Q4_0``, ``Q8_0`` and ``MXFP4`` hold what tiles hold, in another order and as many bytes, so a GGUF file
+needs no pack: its experts are read where they lie and turned in their slot. The weights stay the same, bit
+for bit, and as every expert is turned, where it lies never changes an answer.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def arrive(stored: ExpertLayout, raws: Sequence[Tensor]) -> tuple[Tensor, ...]:
     aligned = all(turned) and all(spec.nbytes % LINE == 0 for spec in stored.fields)
     fields = []
     for spec, raw, turn in zip(stored.fields, raws, turned, strict=True):
-        shift = min(raw.data_ptr() % LINE, raw.storage_offset()) if aligned else 0
+        shift = min(raw.data_ptr() % LINE, int(raw.storage_offset())) if aligned else 0
         fields.append(retile_in_place(raw, spec.shape, spec.codec, shift) if turn else raw)
     return tuple(fields)
 
