@@ -25,6 +25,7 @@ from gangline.models import (
     restore_expert_params,
     stored_fields,
 )
+from gangline.runtime.arrival import slot_layout
 from gangline.runtime.files import ALIGN
 from gangline.runtime.footprint import measure_footprint
 from gangline.runtime.hash_execution import execute_predictions
@@ -34,6 +35,7 @@ from gangline.runtime.options import LoadOptions, plan_request
 from gangline.runtime.planner import DEFAULT_CONTEXT, make_plan
 from gangline.runtime.policy_choice import DEFAULT, asked_policy
 from gangline.runtime.runtime import Runtime
+from gangline.runtime.scratch import native_scratch
 
 
 class ModuleSource:
@@ -107,6 +109,7 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
             catalog.layouts,
             tuple(largest_reads(catalog, ALIGN)),
             loaded=True,
+            scratch=native_scratch(view, [slot_layout(layout) for layout in catalog.layouts]),
         )
         request = plan_request(
             asked,

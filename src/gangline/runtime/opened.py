@@ -39,6 +39,7 @@ from gangline.runtime.dense_packing import (
 from gangline.runtime.files import ALIGN
 from gangline.runtime.footprint import Footprint, measure_footprint
 from gangline.runtime.read_plan import plan_reads
+from gangline.runtime.scratch import native_scratch
 
 # Group sizes at which round-to-nearest loses little: 8.125, 6.25, 4.5, 3.25 and 2.5 bits per weight in all.
 PRECISIONS = {
@@ -136,7 +137,13 @@ class OpenedModel:
             sizes = _level([_up(layout.nbytes, ALIGN) for layout in layouts])
         layouts = tuple(slot_layout(layout) for layout in layouts)
         plain = measure_footprint(
-            self.skeleton, self.dtype, self.view.geometry, layouts, tuple(sizes), self.mapped
+            self.skeleton,
+            self.dtype,
+            self.view.geometry,
+            layouts,
+            tuple(sizes),
+            self.mapped,
+            scratch=native_scratch(self.view, layouts),
         )
         if codec is not None:
             codecs = linear_codecs(self.skeleton, self.view, codec)

@@ -155,10 +155,17 @@ class NativeKernel:
                 self._in_steps(part)
         return y_PD
 
-    def scratch_bytes(self, tokens: int, pairs: int, weights: NativeWeights) -> int:
+    @property
+    def packed(self) -> bool:
+        """Whether the native core alone computes these experts, without a plain copy of any weight."""
+        return self.fused and not self._plain_numbers
+
+    def scratch_bytes(self, tokens: int, pairs: int) -> int:
         """Return what the native core keeps in memory for calls of up to so many tokens and pairs."""
         layer = self.layer or self._native_layer(GateForm("identity"))
-        return int(self._core.experts_scratch_bytes(layer, self.expert(weights, -1), tokens, pairs))
+        nowhere = 64  # the sizes are asked for, no weight is read
+        matrices = [self._core.Matrix(nowhere, rows, columns, codec) for rows, columns, codec in self._shapes]
+        return int(self._core.experts_scratch_bytes(layer, self._core.Expert(matrices), tokens, pairs))
 
     def _native_layer(self, gate: GateForm) -> Any:
         return self._core.MoELayer(
