@@ -10,8 +10,8 @@ namespace gangline {
 // blocks, row after row; `f*`, `bf16`: plain numbers, row after row; `sparse_*`: tiles of what the two-level pattern of
 // Samoyeds keeps (see sparse_layout.hpp), as plain numbers or codes.
 enum class Format : int {
-    f32, f16, bf16, tile_int2, tile_int3, tile_int4, tile_int6, tile_int8, tile_mxfp4, q4_0, q8_0, q4_k, q5_k,
-    q6_k, sparse_bf16, sparse_f16, sparse_int8, sparse_int4
+    f32, f16, bf16, tile_int2, tile_int3, tile_int4, tile_int6, tile_int8, tile_mxfp4, q4_0, q8_0,
+    q4_k, q5_k, q6_k, sparse_bf16, sparse_f16, sparse_int8, sparse_int4
 };
 constexpr int formats = 18;
 
