@@ -15,7 +15,6 @@ namespace {
 
 #if defined(__AVX512F__)
 inline __m512i add_ints(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
-inline __m512i minus_32_times(__m512i a, __m512i b) { return _mm512_sub_epi32(a, _mm512_slli_epi32(b, 5)); }
 inline void load_ints(const std::int32_t* p, __m512i& v) { v = _mm512_loadu_si512(p); }
 inline void load_floats(const float* p, __m512& v) { v = _mm512_loadu_ps(p); }
 // sum + a0 * b0 + a1 * b1 of the two 16-bit numbers in each lane.
@@ -28,13 +27,11 @@ inline __m512i add_pairs(__m512i sum, __m512i a, __m512i b) {
 }
 #elif defined(__AVX2__)
 inline __m256i add_ints(__m256i a, __m256i b) { return _mm256_add_epi32(a, b); }
-inline __m256i minus_32_times(__m256i a, __m256i b) { return _mm256_sub_epi32(a, _mm256_slli_epi32(b, 5)); }
 inline void load_ints(const std::int32_t* p, __m256i& v) { v = bytes_at(p); }
 inline void load_floats(const float* p, __m256& v) { v = _mm256_loadu_ps(p); }
 inline __m256i add_pairs(__m256i sum, __m256i a, __m256i b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
 #elif defined(__ARM_NEON)
 inline int32x4_t add_ints(int32x4_t a, int32x4_t b) { return vaddq_s32(a, b); }
-inline int32x4_t minus_32_times(int32x4_t a, int32x4_t b) { return vsubq_s32(a, vshlq_n_s32(b, 5)); }
 inline void load_ints(const std::int32_t* p, int32x4_t& v) { v = vld1q_s32(p); }
 inline void load_floats(const float* p, float32x4_t& v) { v = vld1q_f32(p); }
 inline int32x4_t add_pairs(int32x4_t sum, int32x4_t a, int32x4_t b) {
@@ -50,10 +47,22 @@ struct Panel {
     static constexpr int rows = R * tile_rows;
     alignas(64) std::uint8_t codes[R][super_columns / quad_columns][quad_bytes];
     alignas(64) std::int32_t scales[R][groups][tile_rows];
-    alignas(64) std::int32_t mins[R][groups / 2][tile_rows];  // two neighbouring groups, 16 bits each
+    alignas(64) std::int32_t mins[R][groups / 2][tile_rows];  // two neighbouring groups, 16 bits each; formats with mins
     alignas(64) float d[rows];
     alignas(64) float negative_d_min[rows];
 };
+
+template <class F>
+inline void unpack_codes(const std::uint8_t* block, SuperRow& row) {
+#if defined(__AVX2__)
+    unrolled<8>([&](auto index) GANGLINE_INLINE_LAMBDA {
+        constexpr int run = decltype(index)::value;
+        _mm256_store_si256(reinterpret_cast<__m256i*>(row.codes + 32 * run), run_codes<F, run>(block));
+    });
+#else
+    F::unpack_codes(block, row);
+#endif
+}
 
 // Words of four rows that follow each other, one for each quad, to where those rows lie in a panel.
 inline void put_four_rows(const SuperRow (&rows)[4], std::uint8_t* panel) {
@@ -84,11 +93,17 @@ GANGLINE_APART void fill_panel(const std::uint8_t* block, std::ptrdiff_t row_byt
         const int r = first / tile_rows;
         for (int i = 0; i < 4; ++i) {
             SuperRow& row = four[i];
-            if (first + i < count) F::unpack(block + (first + i) * row_bytes, row);
-            else std::memset(static_cast<void*>(&row), 0, sizeof row);
+            if (first + i < count) {
+                unpack_codes<F>(block + (first + i) * row_bytes, row);
+                F::unpack_scales(block + (first + i) * row_bytes, row);
+            } else {
+                std::memset(static_cast<void*>(&row), 0, sizeof row);
+            }
             const int lane = (first + i) % tile_rows;
             for (int g = 0; g < P::groups; ++g) panel.scales[r][g][lane] = row.scales[g];
-            for (int g = 0; g < P::groups; g += 2) std::memcpy(&panel.mins[r][g / 2][lane], row.mins + g, sizeof(std::int32_t));
+            for (int g = 0; F::has_mins && g < P::groups; g += 2) {
+                std::memcpy(&panel.mins[r][g / 2][lane], row.mins + g, sizeof(std::int32_t));
+            }
             panel.d[first + i] = row.d;
             panel.negative_d_min[first + i] = -row.d_min;
         }
@@ -123,9 +138,11 @@ GANGLINE_APART void multiply_panel(const Panel<F, R>& panel, const PanelTokens& 
         for (int g = half * groups; g < (half + 1) * groups; ++g) {
             typename S::Ints dot[T][R][V];
             typename S::Partial partial[T][R][V];
-            for (int t = 0; t < T; ++t)
+            for (int t = 0; t < T; ++t) {
+                const auto start = S::ints(F::has_mins ? 0 : -32 * x.sums[t * x.sum_stride + g]);
                 for (int r = 0; r < R; ++r)
-                    for (int v = 0; v < V; ++v) dot[t][r][v] = S::ints(0);
+                    for (int v = 0; v < V; ++v) dot[t][r][v] = start;
+            }
             unrolled<quads>([&](auto index) GANGLINE_INLINE_LAMBDA {
                 constexpr int i = decltype(index)::value;
                 typename S::template Weights<Format::tile_int4> w[R][V];
@@ -150,33 +167,36 @@ GANGLINE_APART void multiply_panel(const Panel<F, R>& panel, const PanelTokens& 
                         total[t][r][v] = add_ints(total[t][r][v], S::multiply(scale, dot[t][r][v]));
                 }
         }
-        typename S::Ints low[T][R][V];
-        for (int t = 0; t < T; ++t)
-            for (int r = 0; r < R; ++r)
-                for (int v = 0; v < V; ++v) low[t][r][v] = S::ints(0);
-        for (int pair = half * groups / 2; pair < (half + 1) * groups / 2; ++pair)
-            for (int r = 0; r < R; ++r)
-                for (int v = 0; v < V; ++v) {
-                    typename S::Ints mins;
-                    load_ints(panel.mins[r][pair] + v * lanes, mins);
-                    for (int t = 0; t < T; ++t) {
-                        std::int32_t two;
-                        std::memcpy(&two, x.sums + t * x.sum_stride + 2 * pair, sizeof two);
-                        low[t][r][v] = add_pairs(low[t][r][v], mins, S::ints(two));
+        [[maybe_unused]] typename S::Ints low[T][R][V];
+        if constexpr (F::has_mins) {
+            for (int t = 0; t < T; ++t)
+                for (int r = 0; r < R; ++r)
+                    for (int v = 0; v < V; ++v) low[t][r][v] = S::ints(0);
+            for (int pair = half * groups / 2; pair < (half + 1) * groups / 2; ++pair)
+                for (int r = 0; r < R; ++r)
+                    for (int v = 0; v < V; ++v) {
+                        typename S::Ints mins;
+                        load_ints(panel.mins[r][pair] + v * lanes, mins);
+                        for (int t = 0; t < T; ++t) {
+                            std::int32_t two;
+                            std::memcpy(&two, x.sums + t * x.sum_stride + 2 * pair, sizeof two);
+                            low[t][r][v] = add_pairs(low[t][r][v], mins, S::ints(two));
+                        }
                     }
-                }
+        }
         for (int r = 0; r < R; ++r)
             for (int v = 0; v < V; ++v) {
                 const int at = r * tile_rows + v * lanes;
-                typename S::Floats d, d_min;
+                typename S::Floats d;
+                [[maybe_unused]] typename S::Floats d_min;
                 load_floats(panel.d + at, d);
-                load_floats(panel.negative_d_min + at, d_min);
+                if constexpr (F::has_mins) load_floats(panel.negative_d_min + at, d_min);
                 for (int t = 0; t < T; ++t) {
                     typename S::Floats value, before;
                     if constexpr (F::has_mins) {
                         value = S::fused(d_min, S::to_floats(low[t][r][v]), S::times(d, S::to_floats(total[t][r][v])));
                     } else {
-                        value = S::times(d, S::to_floats(minus_32_times(total[t][r][v], low[t][r][v])));
+                        value = S::times(d, S::to_floats(total[t][r][v]));
                     }
                     float* out = acc + t * Panel<F, R>::rows + at;
                     load_floats(out, before);
@@ -204,7 +224,7 @@ GANGLINE_INLINE void multiply_panel_tokens(const Panel<F, R>& panel, PanelTokens
 // So many tokens at a time share a panel; their sums stay in the first-level cache.
 constexpr int panel_tokens = 120;
 // Up to here unpacking a panel takes longer than it saves.
-constexpr int streaming_tokens = 3;
+constexpr int streaming_tokens = 6;
 
 template <class S, class F>
 void multiply_by_panels(const Matrix& w, int row_begin, int row_end, const Activations& x, GroupSums sums, int begin, int tokens,

@@ -29,7 +29,8 @@ void super_row(const std::uint8_t* w, int blocks, const Activations& x, GroupSum
     for (int t = 0; t < tokens; ++t) y[t * y_stride] = 0.0f;
     for (int b = 0; b < blocks; ++b) {
         SuperRow row;
-        F::unpack(w + std::ptrdiff_t{b} * F::bytes, row);
+        F::unpack_codes(w + std::ptrdiff_t{b} * F::bytes, row);
+        F::unpack_scales(w + std::ptrdiff_t{b} * F::bytes, row);
         for (int t = 0; t < tokens; ++t) {
             const std::ptrdiff_t at = std::ptrdiff_t{begin + t} * blocks + b;
             const std::int16_t* sum = sums.data + t * sums.stride + b * (super_columns / F::group);

@@ -68,8 +68,8 @@ inline void unpack_six_bits(const std::uint8_t* block, SuperRow& row) {
 struct Q4_K {
     static constexpr int bytes = 144, group = 32, code_bits = 4;
     static constexpr bool has_mins = true;
-    static void unpack(const std::uint8_t* block, SuperRow& row) {
-        unpack_six_bits(block, row);
+    static void unpack_scales(const std::uint8_t* block, SuperRow& row) { unpack_six_bits(block, row); }
+    static void unpack_codes(const std::uint8_t* block, SuperRow& row) {
         for (int pair = 0; pair < 4; ++pair) {
             const std::uint8_t* codes = block + 16 + 32 * pair;
             std::uint8_t* out = row.codes + 64 * pair;
@@ -82,8 +82,8 @@ struct Q4_K {
 struct Q5_K {
     static constexpr int bytes = 176, group = 32, code_bits = 5;
     static constexpr bool has_mins = true;
-    static void unpack(const std::uint8_t* block, SuperRow& row) {
-        unpack_six_bits(block, row);
+    static void unpack_scales(const std::uint8_t* block, SuperRow& row) { unpack_six_bits(block, row); }
+    static void unpack_codes(const std::uint8_t* block, SuperRow& row) {
         const std::uint8_t* fifth = block + 16;
         for (int pair = 0; pair < 4; ++pair) {
             const std::uint8_t* codes = block + 48 + 32 * pair;
@@ -99,7 +99,7 @@ struct Q5_K {
 struct Q6_K {
     static constexpr int bytes = 210, group = 16, code_bits = 6;
     static constexpr bool has_mins = false;
-    static void unpack(const std::uint8_t* block, SuperRow& row) {
+    static void unpack_codes(const std::uint8_t* block, SuperRow& row) {
         for (int half = 0; half < 2; ++half) {
             const std::uint8_t* low = block + 64 * half;
             const std::uint8_t* high = block + 128 + 32 * half;
@@ -111,6 +111,8 @@ struct Q6_K {
                 out[96 + i] = static_cast<std::uint8_t>(low[32 + i] >> 4 | high[i] >> 6 << 4);
             }
         }
+    }
+    static void unpack_scales(const std::uint8_t* block, SuperRow& row) {
         for (int g = 0; g < 16; ++g) row.scales[g] = row.mins[g] = static_cast<std::int8_t>(block[192 + g]);
         row.d = half_at(block + 208);
         row.d_min = 0.0f;
