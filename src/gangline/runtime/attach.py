@@ -27,7 +27,7 @@ from gangline.models import (
 )
 from gangline.runtime.arrival import slot_layout
 from gangline.runtime.files import ALIGN
-from gangline.runtime.footprint import measure_footprint
+from gangline.runtime.footprint import Footprint, measure_footprint
 from gangline.runtime.hash_execution import execute_predictions
 from gangline.runtime.load import run_from_store
 from gangline.runtime.opened import codec_of, largest_reads
@@ -102,15 +102,7 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
         for block in view.blocks:
             drop_expert_params(block)
             dropped.append(block)
-        footprint = measure_footprint(
-            model,
-            model.dtype,
-            view.geometry,
-            catalog.layouts,
-            tuple(largest_reads(catalog, ALIGN)),
-            loaded=True,
-            scratch=native_scratch(view, [slot_layout(layout) for layout in catalog.layouts]),
-        )
+        footprint = _footprint(model, view, catalog)
         request = plan_request(
             asked,
             model.config,
@@ -143,6 +135,19 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
             runtime.close()
             raise
     return runtime
+
+
+def _footprint(model: PreTrainedModel, view: MoEView, catalog: ExpertCatalog) -> Footprint:
+    layouts = tuple(slot_layout(layout) for layout in catalog.layouts)
+    return measure_footprint(
+        model,
+        model.dtype,
+        view.geometry,
+        layouts,
+        tuple(largest_reads(catalog, ALIGN)),
+        loaded=True,
+        scratch=native_scratch(view, layouts),
+    )
 
 
 def detach_model(model: PreTrainedModel) -> None:
