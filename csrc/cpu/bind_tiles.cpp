@@ -53,6 +53,8 @@ std::map<std::string, Codec> known_codecs() {
         {"ggml:Q4_0", {Format::q4_0, 32, false, 32}},
         {"ggml:Q8_0", {Format::q8_0, 32, false, 32}},
         {"ggml:Q4_K", {Format::q4_k, 32, false, 256}},
+        {"ggml:Q5_K", {Format::q5_k, 32, false, 256}},
+        {"ggml:Q6_K", {Format::q6_k, 16, false, 256}},
         {"tile16:mxfp4", {Format::tile_mxfp4}},
     };
     for (const Format format :

@@ -8,6 +8,7 @@ namespace gangline {
 void bind_tiles(nanobind::module_& m);
 void bind_experts(nanobind::module_& m);
 void bind_encode(nanobind::module_& m);
+void bind_retile(nanobind::module_& m);
 
 void bind_decoder(nanobind::module_& m);
 

@@ -214,72 +214,10 @@ inline void nibble_blocks(const std::uint8_t* w, std::ptrdiff_t row_bytes, int b
         }
 }
 
-inline __m256 bytes_as_floats(std::uint64_t bytes) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes))));
-}
-
-// The same for Q4_K; low and high nibbles have running sums of their own.
-template <int R, int T>
-inline void super_blocks(const std::uint8_t* w, std::ptrdiff_t row_bytes, int blocks, const Activations& x, int token,
-                         float* y, std::ptrdiff_t y_stride) {
-    __m256 even[R][T], odd[R][T], mins[R][T];
-    for (int r = 0; r < R; ++r)
-        for (int t = 0; t < T; ++t) even[r][t] = odd[r][t] = mins[r][t] = _mm256_setzero_ps();
-    alignas(32) float scale[R][T][q4_k_groups];
-    for (int b = 0; b < blocks; ++b) {
-        const std::uint8_t* block = w + std::ptrdiff_t{b} * q4_k_bytes;
-        const std::int8_t* q[T];
-        __m256 x_scales[T], x_sums[T];
-        for (int t = 0; t < T; ++t) {
-            const std::ptrdiff_t at = (std::ptrdiff_t{token + t} * blocks + b) * q4_k_groups;
-            q[t] = x.q + at * ggml_block;
-            x_scales[t] = _mm256_loadu_ps(x.scale + at);
-            x_sums[t] = _mm256_mul_ps(x_scales[t], _mm256_cvtepi32_ps(load_bytes(x.sum + at)));
-        }
-        if (T == 1) {
-            for (int i = 0; i < q4_k_bytes; i += 64) ask_for(block + ggml_ahead + i);
-        }
-        for (int r = 0; r < R; ++r) {
-            const std::uint8_t* head = block + r * row_bytes;
-            const SixBits six = six_bits(head + 4);
-            const __m256 scales = _mm256_mul_ps(_mm256_set1_ps(_cvtsh_ss(half_bits_at(head))), bytes_as_floats(six.scales));
-            const __m256 lows = _mm256_mul_ps(_mm256_set1_ps(_cvtsh_ss(half_bits_at(head + 2))), bytes_as_floats(six.mins));
-            for (int t = 0; t < T; ++t) {
-                _mm256_store_ps(scale[r][t], _mm256_mul_ps(scales, x_scales[t]));
-                mins[r][t] = _mm256_fmadd_ps(lows, x_sums[t], mins[r][t]);
-            }
-        }
-        for (int pair = 0; pair < q4_k_groups / 2; ++pair) {
-            for (int r = 0; r < R; ++r) {
-                const __m256i codes = load_bytes(block + r * row_bytes + q4_k_codes + pair * ggml_block);
-                const __m256i low = low_nibbles(codes), high = low_nibbles(_mm256_srli_epi16(codes, 4));
-                const __m256i none = _mm256_setzero_si256();
-                for (int t = 0; t < T; ++t) {
-                    const std::int8_t* values = q[t] + 2 * pair * ggml_block;
-                    const __m256 first = _mm256_cvtepi32_ps(dot_unsigned(none, low, load_bytes(values)));
-                    const __m256 second = _mm256_cvtepi32_ps(dot_unsigned(none, high, load_bytes(values + ggml_block)));
-                    even[r][t] = _mm256_fmadd_ps(first, _mm256_broadcast_ss(&scale[r][t][2 * pair]), even[r][t]);
-                    odd[r][t] = _mm256_fmadd_ps(second, _mm256_broadcast_ss(&scale[r][t][2 * pair + 1]), odd[r][t]);
-                }
-            }
-        }
-    }
-    for (int t = 0; t < T; ++t)
-        for (int r = 0; r < R; ++r) {
-            const __m256 sum = _mm256_sub_ps(_mm256_add_ps(even[r][t], odd[r][t]), mins[r][t]);
-            y[(token + t) * y_stride + r] = sum_lanes(sum);
-        }
-}
-
-struct Q4_K {
-    static constexpr int bytes = q4_k_bytes;
-};
-
 template <class Format, int R, int T>
 inline void ggml_blocks(const std::uint8_t* w, std::ptrdiff_t row_bytes, int blocks, const Activations& x, int token,
                         float* y, std::ptrdiff_t y_stride) {
-    if constexpr (Format::bytes == q4_k_bytes) super_blocks<R, T>(w, row_bytes, blocks, x, token, y, y_stride);
-    else if constexpr (Format::bytes == q4_0_bytes) nibble_blocks<R, T>(w, row_bytes, blocks, x, token, y, y_stride);
+    if constexpr (Format::bytes == q4_0_bytes) nibble_blocks<R, T>(w, row_bytes, blocks, x, token, y, y_stride);
     else small_blocks<Format, R, T>(w, row_bytes, blocks, x, token, y, y_stride);
 }
 

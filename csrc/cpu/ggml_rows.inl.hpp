@@ -1,11 +1,9 @@
-// y = x W^T for rows of ggml blocks (Q4_0, Q8_0, Q4_K) as they lie in a GGUF file, with activations rounded to int8 in
+// y = x W^T for rows of ggml blocks (Q4_0, Q8_0) as they lie in a GGUF file, with activations rounded to int8 in
 // groups of 32: exact integer dot products within a block, fp32 between blocks, in the same order whatever the number of
 // rows and tokens. Blocks need no alignment.
 //
 //   Q4_0  32 weights, 18 bytes: fp16 d, 16 bytes of nibbles (low ones first): d * (q - 8)
 //   Q8_0  32 weights, 34 bytes: fp16 d, 32 signed bytes: d * q
-//   Q4_K  256 weights, 144 bytes: fp16 d, fp16 dmin, 12 bytes of 6-bit scales s and mins m of 8 groups, then for each two
-//         groups 32 bytes of nibbles (low ones first): d * s * q - dmin * m
 #pragma once
 
 #if !defined(GANGLINE_SCALAR) && defined(__AVX2__)
@@ -19,7 +17,7 @@ namespace {
 
 template <class Format>
 void ggml_matmul(const Matrix& w, int row_begin, int row_end, const Activations& x, float* y, std::ptrdiff_t y_stride) {
-    const int blocks = w.cols / (Format::bytes == q4_k_bytes ? ggml_block * q4_k_groups : ggml_block);
+    const int blocks = w.cols / ggml_block;
     const std::ptrdiff_t row_bytes = std::ptrdiff_t{blocks} * Format::bytes;
     int r = row_begin;
     for (; r + 2 <= row_end; r += 2) ggml_rows<Format, 2>(w.data + r * row_bytes, row_bytes, blocks, x, y + r, y_stride);

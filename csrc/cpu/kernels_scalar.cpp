@@ -11,6 +11,7 @@
 #include "kernels.hpp"
 #include "row_ops.inl.hpp"
 #include "sparse_plain.inl.hpp"
+#include "super_plain.inl.hpp"
 #include "tile_layout.hpp"
 #include "tile_scale.hpp"
 
@@ -137,7 +138,7 @@ constexpr Kernels table = {
     {float_matmul<F32Weights>, float_matmul<F16Weights>, float_matmul<Bf16Weights>,
      matmul_tiles<Format::tile_int2>, matmul_tiles<Format::tile_int3>, matmul_tiles<Format::tile_int4>,
      matmul_tiles<Format::tile_int6>, matmul_tiles<Format::tile_int8>, matmul_tiles<Format::tile_mxfp4>,
-     ggml_matmul<Q4_0>, ggml_matmul<Q8_0>, ggml_matmul<Q4_K>,
+     ggml_matmul<Q4_0>, ggml_matmul<Q8_0>, super_matmul<Q4_K>, super_matmul<Q5_K>, super_matmul<Q6_K>,
      sparse_matmul<Format::sparse_bf16>, sparse_matmul<Format::sparse_f16>,
      sparse_matmul<Format::sparse_int8>, sparse_matmul<Format::sparse_int4>},
     quantize_rows,

@@ -10,10 +10,10 @@ namespace gangline {
 // blocks, row after row; `f*`, `bf16`: plain numbers, row after row; `sparse_*`: tiles of what the two-level pattern of
 // Samoyeds keeps (see sparse_layout.hpp), as plain numbers or codes.
 enum class Format : int {
-    f32, f16, bf16, tile_int2, tile_int3, tile_int4, tile_int6, tile_int8, tile_mxfp4, q4_0, q8_0, q4_k,
-    sparse_bf16, sparse_f16, sparse_int8, sparse_int4
+    f32, f16, bf16, tile_int2, tile_int3, tile_int4, tile_int6, tile_int8, tile_mxfp4, q4_0, q8_0,
+    q4_k, q5_k, q6_k, sparse_bf16, sparse_f16, sparse_int8, sparse_int4
 };
-constexpr int formats = 16;
+constexpr int formats = 18;
 
 // Of every `m` rows, `n` are kept in each segment of `v` columns; in what is kept, two of every four columns.
 struct SparsePattern {
@@ -42,7 +42,8 @@ constexpr int sparse_activation_group = 64;
 // Columns that share one activation scale, so that no group of the weights ends inside them.
 constexpr int activation_group(const Matrix& w) {
     switch (w.format) {
-        case Format::q4_0: case Format::q8_0: case Format::q4_k: return 32;
+        case Format::q4_0: case Format::q8_0: return 32;
+        case Format::q4_k: case Format::q5_k: case Format::q6_k: return 128;
         case Format::sparse_int8: case Format::sparse_int4: return sparse_activation_group;
         default: return w.group;
     }

@@ -19,6 +19,8 @@ inline std::size_t row_offset(const Matrix& w, int row) {
         case Format::q4_0: return r * (cols / 32 * 18);
         case Format::q8_0: return r * (cols / 32 * 34);
         case Format::q4_k: return r * (cols / 256 * 144);
+        case Format::q5_k: return r * (cols / 256 * 176);
+        case Format::q6_k: return r * (cols / 256 * 210);
         case Format::sparse_bf16: case Format::sparse_f16: case Format::sparse_int8: case Format::sparse_int4: {
             const SparseLayout tile = SparseLayout::of(w);
             return r / static_cast<std::size_t>(tile.rows) * tile.tile_bytes;

@@ -99,13 +99,14 @@ __device__ inline Places places_of(const Part& part, const Extent& extent, i32 t
     out.positions[q] = meta[(static_cast<u64>(tile) * words + word) * 32 + lane];
   }
   out.subs = 0;
-  if (SETS == 1) return out;
+  if constexpr (SETS > 1) {
 #pragma unroll
-  for (i32 unit = 0; unit < UNITS; ++unit) {
-    const i32 wanted = stage * BK + unit * UNIT * STEP, last = extent.columns - 1;
-    const u64 segment = (wanted < last ? wanted : last) / extent.v;
-    const u8* sub = part.sub + segment * extent.sub_pitch + tile * TILE + lane / 4;
-    out.subs |= (sub[0] & 1u) << (2 * unit) | (sub[8] & 1u) << (2 * unit + 1);
+    for (i32 unit = 0; unit < UNITS; ++unit) {
+      const i32 wanted = stage * BK + unit * UNIT * STEP, last = extent.columns - 1;
+      const u64 segment = (wanted < last ? wanted : last) / extent.v;
+      const u8* sub = part.sub + segment * extent.sub_pitch + tile * TILE + lane / 4;
+      out.subs |= (sub[0] & 1u) << (2 * unit) | (sub[8] & 1u) << (2 * unit + 1);
+    }
   }
   return out;
 }

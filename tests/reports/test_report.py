@@ -43,7 +43,7 @@ def test_random_routing_is_chance_everywhere(rng, tmp_path):
     assert srp["window"] == 16 and srp["srp"] == pytest.approx(srp["chance"]["srp"], abs=0.05)
     assert found["together"].numbers["coactivation"][0]["excess"] < 0.2
     repeats = found["together"].numbers["repetition"][0]
-    assert repeats["overlap"] == pytest.approx(K / N, abs=0.06)
+    assert repeats["overlap"] == pytest.approx(K / N, abs=0.1)
 
 
 def test_planted_structure_is_reported(rng, tmp_path):
@@ -58,7 +58,7 @@ def test_planted_structure_is_reported(rng, tmp_path):
     assert all(one["divergence"] == pytest.approx(1) for one in groups["layers"])
     assert groups["discovered_layers"] == [0, 1, 2]
     assert all(one["divergence"] == pytest.approx(1) for one in groups["matched"][0]["layers"])
-    assert found["together"].numbers["transition"][0]["share"] > 0.5
+    assert found["together"].numbers["transition"][0]["share"] > 0.4
 
 
 def test_a_router_of_tokens_is_seen_as_one(rng, tmp_path):

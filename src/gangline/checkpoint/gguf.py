@@ -10,7 +10,7 @@ Legend: D hidden, E experts, F intermediate.
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from gangline.checkpoint.gguf_config import Metadata, family_of, make_config
-from gangline.checkpoint.gguf_decode import read_tensor
+from gangline.checkpoint.gguf_decode import known_type, read_bytes, read_tensor
 from gangline.checkpoint.gguf_experts import EXPERT_WEIGHT, GGUFExpertSource, make_source
 from gangline.checkpoint.gguf_header import GGUFHeader, GGUFTensor, Value, read_header
 from gangline.checkpoint.gguf_names import Family, merge_kv_b, unpermute_heads
 from gangline.checkpoint.gguf_tokenizer import read_tokenizer
 from gangline.checkpoint.source import ExpertsModule
 from gangline.core.errors import CheckpointError, UnsupportedModelError
+from gangline.formats import DenseCodec, get_codec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -88,11 +89,17 @@ class GGUFCheckpoint:
         """
         return read_tokenizer(self.path, self.metadata)
 
-    def dense_tensors(self, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, Tensor]]:
+    def dense_tensors(
+        self, dtype: torch.dtype = torch.bfloat16, empty: Container[str] = ()
+    ) -> Iterator[tuple[str, Tensor]]:
         """Yield every weight that is no expert matrix, under its transformers parameter name.
 
         Tensors come in ``dtype``, except the correction bias of DeepSeek's router, which transformers keeps
         in float32. One tensor is in memory at a time. Tied embeddings yield no ``lm_head.weight``.
+
+        Args:
+            dtype: of the tensors.
+            empty: names of weights that are not read: zeros that take no memory come in their place.
 
         Raises:
             CheckpointError: a tensor has an impossible shape or is truncated.
@@ -107,6 +114,8 @@ class GGUFCheckpoint:
                 yield from self._expert_bias(int(bias[1]), bias[2], dtype)
             elif absorbed := _ABSORBED.fullmatch(name):
                 yield from self._kv_b(int(absorbed[1]), absorbed[2], dtype)
+            elif (theirs := self.family.dense_name(name)) is not None and theirs in empty:
+                yield theirs, torch.zeros((), dtype=dtype).expand(tensor.shape)
             else:
                 yield self._dense(name, tensor, dtype)
 
@@ -123,6 +132,49 @@ class GGUFCheckpoint:
         """
         return make_source(self.path, self.tensors, modules, dtype)
 
+    def linear_codec(self, name: str) -> str | None:
+        """Codec of the blocks that hold a weight ``(out, in)``; ``name`` is the transformers parameter.
+
+        None if the weight is no single matrix of the file, or not in blocks that our formats know. Of tied
+        embeddings, ``lm_head.weight`` is the embedding.
+        """
+        tensor = self._linear(name)
+        if tensor is None or len(tensor.shape) != 2 or not known_type(tensor.type):
+            return None
+        codec = get_codec(f"ggml:{tensor.type}")
+        return None if isinstance(codec, DenseCodec) else codec.name
+
+    def linear_bytes(self, name: str) -> Tensor:
+        """Return the blocks of a weight (uint8, 1-D) whose codec :meth:`linear_codec` gives.
+
+        Rows come in the order that transformers' weight has.
+
+        Raises:
+            CheckpointError: the file ends inside the tensor, or the rows are not those of whole heads.
+        """
+        tensor = self._linear(name)
+        assert tensor is not None
+        rows = read_bytes(tensor, 0, tensor.nbytes).view(tensor.shape[0], -1)
+        return self._unpermuted(tensor.name, rows).contiguous().view(-1)
+
+    def _linear(self, name: str) -> GGUFTensor | None:
+        if name == "lm_head.weight" and "output.weight" not in self.tensors:
+            return self.tensors.get("token_embd.weight")
+        return self.tensors.get(self.family.gguf_name(name) or "")
+
+    def _unpermuted(self, name: str, weight: Tensor) -> Tensor:
+        """Rows of Q and K in transformers' order, of other weights as they are."""
+        if not self.family.permuted or not name.endswith(("attn_q.weight", "attn_k.weight")):
+            return weight
+        q = name.endswith("attn_q.weight")
+        heads = self.config.num_attention_heads if q else self.config.num_key_value_heads
+        if weight.dim() != 2 or weight.shape[0] % (2 * heads):
+            raise CheckpointError(
+                f"{self.path}: {name} has shape {tuple(weight.shape)}, not divisible by {heads} heads; "
+                "convert the model again"
+            )
+        return unpermute_heads(weight, heads)
+
     def _dense(self, name: str, tensor: GGUFTensor, dtype: torch.dtype) -> tuple[str, Tensor]:
         theirs = self.family.dense_name(name)
         if theirs is None:
@@ -131,16 +183,7 @@ class GGUFCheckpoint:
             )
         if theirs.endswith("e_score_correction_bias"):
             return theirs, read_tensor(tensor, torch.float32)
-        weight = read_tensor(tensor, dtype)
-        if self.family.permuted and name.endswith(("attn_q.weight", "attn_k.weight")):
-            q = name.endswith("attn_q.weight")
-            heads = self.config.num_attention_heads if q else self.config.num_key_value_heads
-            if weight.dim() != 2 or weight.shape[0] % (2 * heads):
-                raise CheckpointError(
-                    f"{self.path}: {name} has shape {tuple(weight.shape)}, not divisible by {heads} heads; "
-                    "convert the model again"
-                )
-            weight = unpermute_heads(weight, heads)
+        weight = self._unpermuted(name, read_tensor(tensor, dtype))
         if name.endswith("ffn_gate_inp_shexp.weight"):
             weight = weight.reshape(1, -1)
         return theirs, weight

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from gangline.core.layout import ExpertLayout, FieldSpec
 from gangline.formats import DenseCodec, get_codec
-from gangline.formats.retile import retile, tile_form
+from gangline.formats.retile import tile_form
 from gangline.kernels.cpu.encoder import encode
+from gangline.kernels.cpu.retiler import retile
 
 TILED = "tiled"
 

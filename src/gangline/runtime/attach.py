@@ -25,8 +25,9 @@ from gangline.models import (
     restore_expert_params,
     stored_fields,
 )
+from gangline.runtime.arrival import slot_layout
 from gangline.runtime.files import ALIGN
-from gangline.runtime.footprint import measure_footprint
+from gangline.runtime.footprint import Footprint, measure_footprint
 from gangline.runtime.hash_execution import execute_predictions
 from gangline.runtime.load import run_from_store
 from gangline.runtime.opened import codec_of, largest_reads
@@ -34,6 +35,7 @@ from gangline.runtime.options import LoadOptions, plan_request
 from gangline.runtime.planner import DEFAULT_CONTEXT, make_plan
 from gangline.runtime.policy_choice import DEFAULT, asked_policy
 from gangline.runtime.runtime import Runtime
+from gangline.runtime.scratch import native_scratch
 
 
 class ModuleSource:
@@ -100,14 +102,7 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
         for block in view.blocks:
             drop_expert_params(block)
             dropped.append(block)
-        footprint = measure_footprint(
-            model,
-            model.dtype,
-            view.geometry,
-            catalog.layouts,
-            tuple(largest_reads(catalog, ALIGN)),
-            loaded=True,
-        )
+        footprint = _footprint(model, view, catalog)
         request = plan_request(
             asked,
             model.config,
@@ -136,6 +131,19 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
     if asked.mode == "execute":
         execute_predictions(model, policy)
     return runtime
+
+
+def _footprint(model: PreTrainedModel, view: MoEView, catalog: ExpertCatalog) -> Footprint:
+    layouts = tuple(slot_layout(layout) for layout in catalog.layouts)
+    return measure_footprint(
+        model,
+        model.dtype,
+        view.geometry,
+        layouts,
+        tuple(largest_reads(catalog, ALIGN)),
+        loaded=True,
+        scratch=native_scratch(view, layouts),
+    )
 
 
 def detach_model(model: PreTrainedModel) -> None:

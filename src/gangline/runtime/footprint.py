@@ -10,6 +10,7 @@ from torch import nn
 from gangline.core.geometry import MoEGeometry
 from gangline.core.layout import ExpertLayout
 from gangline.runtime.embedding import lookup_table
+from gangline.runtime.scratch import Scratch
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Footprint:
         row: activations of one row of a prefill chunk (attention, experts, residual stream).
         vocab_row: logits of one position in fp32.
         kernel: scratch of one expert's computation (its matrices decoded to the compute dtype).
+        scratch: what the native core keeps instead, by rows of a chunk; None where torch computes experts.
         slots: layers that share a slot size: ``(slot bytes, layer numbers)``.
         experts: payload bytes of all experts.
         active_experts: payload bytes of the experts that one token uses.
@@ -54,6 +56,7 @@ class Footprint:
     packed: int = 0
     packed_head: int = 0
     packed_codec: str = ""
+    scratch: Scratch | None = None
 
     @property
     def working_set(self) -> int:
@@ -78,6 +81,7 @@ def measure_footprint(
     slot_bytes: tuple[int, ...],
     mapped: Container[str] = (),
     loaded: bool = False,
+    scratch: Scratch | None = None,
 ) -> Footprint:
     """Add up a model whose expert matrices have been dropped (its other tensors may lie on ``meta``).
 
@@ -89,6 +93,7 @@ def measure_footprint(
         slot_bytes: bytes of one slot for each layer.
         mapped: names of parameters that need no conversion, so that they are used where the file has them.
         loaded: whether the model is in memory already.
+        scratch: see :func:`gangline.runtime.scratch.native_scratch`.
     """
     config = text_config(model.config)
     sizes = [tensor.numel() * _width(tensor, dtype) for tensor in _unique_tensors(model)]
@@ -113,6 +118,7 @@ def measure_footprint(
         active_experts=sum(layer.top_k * layout.nbytes for layer, layout in pairs),
         geometry=geometry,
         codecs=tuple(sorted({field.codec for layout in layouts for field in layout.fields})),
+        scratch=scratch,
     )
 
 

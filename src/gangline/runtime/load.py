@@ -23,6 +23,7 @@ from gangline.kernels.cpu.native_kernel import NativeKernel
 from gangline.kernels.reference import ReferenceKernel
 from gangline.models import MoEView, check_conformance, expert_math, install
 from gangline.policies.caches import CachePolicy
+from gangline.runtime.arrival import arrive, slot_layout
 from gangline.runtime.engine import Engine, ExpertKernel
 from gangline.runtime.files import ExpertFiles, IOMode
 from gangline.runtime.footprint import Footprint
@@ -152,7 +153,9 @@ def run_from_store(
     kernels = _kernels(catalog, view, gpu)
 
     def bind(layer: int, raws: Sequence[Tensor]) -> Any:
-        return kernels[layer].bind(raws) if gpu is None else gpu.bind(raws)
+        if gpu is not None:
+            return gpu.bind(raws)
+        return kernels[layer].bind(arrive(catalog.layouts[layer], raws))
 
     files = ExpertFiles(catalog.files, io)
     pools, pool_of_layer = _pools(plan, catalog, files.align, parts.caches)
@@ -187,7 +190,8 @@ def _kernels(catalog: ExpertCatalog, view: MoEView, gpu: GpuExperts | None) -> l
     """Return the kernel of every layer; with all experts on a GPU none of them is ever asked."""
     choose = expert_kernel if gpu is None else ReferenceKernel
     return [
-        choose(layout, expert_math(block)) for layout, block in zip(catalog.layouts, view.blocks, strict=True)
+        choose(slot_layout(layout), expert_math(block))
+        for layout, block in zip(catalog.layouts, view.blocks, strict=True)
     ]
 
 

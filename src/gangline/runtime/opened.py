@@ -20,6 +20,7 @@ from gangline.core.layout import ExpertCatalog, ExpertLayout
 from gangline.formats import codec_names
 from gangline.kernels.cpu.native_kernel import NativeKernel
 from gangline.models import MoEView, expert_math
+from gangline.runtime.arrival import slot_layout
 from gangline.runtime.dense import (
     build_skeleton,
     load_dense,
@@ -28,10 +29,17 @@ from gangline.runtime.dense import (
     refuse_dtype,
     strip_quantization,
 )
-from gangline.runtime.dense_packing import pack_linears, with_packed_linears
+from gangline.runtime.dense_packing import (
+    keep_stored_linears,
+    linear_codecs,
+    pack_linears,
+    stored_linears,
+    with_packed_linears,
+)
 from gangline.runtime.files import ALIGN
 from gangline.runtime.footprint import Footprint, measure_footprint
 from gangline.runtime.read_plan import plan_reads
+from gangline.runtime.scratch import native_scratch
 
 # Group sizes at which round-to-nearest loses little: 8.125, 6.25, 4.5, 3.25 and 2.5 bits per weight in all.
 PRECISIONS = {
@@ -127,24 +135,43 @@ class OpenedModel:
             sizes = largest_reads(catalog, ALIGN)
         else:  # an expert pack: one aligned record an expert
             sizes = _level([_up(layout.nbytes, ALIGN) for layout in layouts])
+        layouts = tuple(slot_layout(layout) for layout in layouts)
         plain = measure_footprint(
-            self.skeleton, self.dtype, self.view.geometry, layouts, tuple(sizes), self.mapped
+            self.skeleton,
+            self.dtype,
+            self.view.geometry,
+            layouts,
+            tuple(sizes),
+            self.mapped,
+            scratch=native_scratch(self.view, layouts),
         )
-        if codec is None:
-            return plain
-        return with_packed_linears(plain, self.skeleton, self.view, codec)
+        if codec is not None:
+            codecs = linear_codecs(self.skeleton, self.view, codec)
+            return with_packed_linears(plain, self.skeleton, self.view, codecs)
+        return with_packed_linears(plain, self.skeleton, self.view, self._stored_linears, expanded=False)
 
     def load_dense(self, codec: str | None) -> tuple[PreTrainedModel, MoEView]:
-        """Load everything but the experts; with a codec, its linear layers are packed."""
+        """Load everything but the experts; with a codec, its linear layers are packed.
+
+        Without one, those of a GGUF file stay packed as they are stored, where the native core can compute
+        with them.
+        """
         if self.gguf is not None:
-            tensors = dict(self.gguf.dense_tensors(self.dtype))
+            stored = self._stored_linears if codec is None else {}
+            tensors = dict(self.gguf.dense_tensors(self.dtype, {f"{name}.weight" for name in stored}))
             model, view = load_dense(self.cls, self.config, self.dtype, tensors=tensors)
+            keep_stored_linears(model, view, self.gguf, stored)
         else:
             assert self.folder is not None
             model, view = load_dense(self.cls, self.config, self.dtype, folder=self.folder)
         if codec is not None:
-            pack_linears(model, view, codec)
+            pack_linears(model, view, linear_codecs(model, view, codec))
         return model, view
+
+    @cached_property
+    def _stored_linears(self) -> dict[str, str]:
+        """The linear layers of a GGUF file that stay packed, with their codecs."""
+        return {} if self.gguf is None else stored_linears(self.skeleton, self.view, self.gguf)
 
     @cached_property
     def identity(self) -> str:

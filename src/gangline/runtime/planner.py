@@ -29,7 +29,7 @@ class MemoryPlan:
         reserve: what the libraries will still allocate.
         dense, load_extra: dense weights, and what loading them holds besides for a moment.
         in_file: the part of ``dense`` that stays in its file: an embedding of which only rows are read.
-        kv, activations, kernel: key/value cache, one prefill chunk, one expert's scratch.
+        kv, activations, kernel: key/value cache, one prefill chunk, scratch of the experts' kernels.
         row_bytes, logit_bytes: activations of one row, and the logits of one position.
         slots: for every slot size ``(slot bytes, count, layers)``.
         experts_total, experts_resident: number of experts, and how many have a slot.
@@ -109,7 +109,7 @@ class MemoryPlan:
             ("dense weights", self.dense - self.in_file, self._dense_words()),
             ("key/value cache", self.kv, f"{self.context} tokens over all sequences (--ctx-size)"),
             ("prefill activations", self.activations, f"chunks of {self.rows} tokens"),
-            ("expert scratch", self.kernel, "one expert in the compute format"),
+            ("expert scratch", self.kernel, "rows of a chunk, or one expert in the compute format"),
             (
                 "expert slots",
                 self.slot_bytes,
@@ -199,7 +199,7 @@ def _fixed_part(request: PlanRequest, footprint: Footprint, notes: tuple[str, ..
         # One layer's keys and values exist twice while the cache grows.
         kv=request.context * footprint.kv_per_token * 5 // 4,
         activations=request.rows * footprint.row + 4 * footprint.vocab_row,
-        kernel=footprint.kernel,
+        kernel=footprint.kernel if footprint.scratch is None else footprint.scratch(request.rows),
         row_bytes=footprint.row,
         logit_bytes=footprint.vocab_row,
         slots=(),

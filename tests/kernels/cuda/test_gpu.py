@@ -143,6 +143,8 @@ def test_few_pairs_are_routed_the_same_by_one_kernel(
 @pytest.mark.parametrize("codec", LAYERS)
 def test_split_layers(codec: str, tokens: int, launcher: CudaLauncher, seed: int) -> None:
     """Long rows and few of them: all columns in parts, and two runs give the same bits."""
+    if launcher.multiprocessors < 100:
+        pytest.skip(f"{launcher.multiprocessors} multiprocessors are busy without parts")
     experts = SparseExperts.random(codec, 2048, 1024, 3)
     kernel = SamoyedsKernel(experts.layout, ExpertMath(swiglu), launcher)
     table = kernel.table([kernel.bind(raws) for raws in experts.on(launcher.device)])

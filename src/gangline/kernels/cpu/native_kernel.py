@@ -20,6 +20,8 @@ from gangline.kernels.reference import ExpertMath, ExpertWeights, ReferenceKerne
 
 # Activations of sparse codes are rounded in groups of so many columns, whatever the groups of the weights.
 _SPARSE_GROUP = 64
+# Those of ggml's super-blocks.
+_SUPER_GROUP = 128
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 # From so many rows of one expert on, torch's matrix product of plain numbers is faster, by the
 # dtype of the rows: its bf16 product uses the processor's own bf16 instructions.
@@ -153,10 +155,17 @@ class NativeKernel:
                 self._in_steps(part)
         return y_PD
 
-    def scratch_bytes(self, tokens: int, pairs: int, weights: NativeWeights) -> int:
+    @property
+    def packed(self) -> bool:
+        """Whether the native core alone computes these experts, without a plain copy of any weight."""
+        return self.fused and not self._plain_numbers
+
+    def scratch_bytes(self, tokens: int, pairs: int) -> int:
         """Return what the native core keeps in memory for calls of up to so many tokens and pairs."""
         layer = self.layer or self._native_layer(GateForm("identity"))
-        return int(self._core.experts_scratch_bytes(layer, self.expert(weights, -1), tokens, pairs))
+        nowhere = 64  # the sizes are asked for, no weight is read
+        matrices = [self._core.Matrix(nowhere, rows, columns, codec) for rows, columns, codec in self._shapes]
+        return int(self._core.experts_scratch_bytes(layer, self._core.Expert(matrices), tokens, pairs))
 
     def _native_layer(self, gate: GateForm) -> Any:
         return self._core.MoELayer(
@@ -264,6 +273,8 @@ def _activation_group(spec: FieldSpec) -> int:
         return 0
     if spec.codec.startswith("samoyeds16:"):
         return _SPARSE_GROUP if "/int" in spec.codec else 0
+    if spec.codec.startswith("ggml:") and spec.codec.endswith("_K"):
+        return _SUPER_GROUP
     group = spec.codec.rpartition("g")[2].removesuffix("z")
     return int(group) if spec.codec.startswith("tile16:int") else 32
 
