@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -96,7 +96,7 @@ def proof_facts(model: PreTrainedModel, identity: str, codec: str | None) -> dic
             torch.backends.cpu.get_cpu_capability(),
             torch.get_num_threads(),
             torch.get_float32_matmul_precision(),
-            torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,  # type: ignore[attr-defined]
+            torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
             torch.are_deterministic_algorithms_enabled(),
         ],
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_SWITCHES)},
@@ -123,7 +123,9 @@ def _sources(model: PreTrainedModel) -> Iterator[str]:
 def _module_files(model: PreTrainedModel) -> set[str]:
     """Files of the classes of all modules, except torch's own."""
     homes = {type(module).__module__ for module in model.modules()}
-    found = (getattr(sys.modules.get(home), "__file__", None) for home in homes if home.split(".")[0] != "torch")
+    found = (
+        getattr(sys.modules.get(home), "__file__", None) for home in homes if home.split(".")[0] != "torch"
+    )
     return {file for file in found if file is not None}
 
 
@@ -141,7 +143,7 @@ def _functions(model: PreTrainedModel) -> Iterator[str]:
             yield from _codes(home, vars(sys.modules[home]))
 
 
-def _codes(where: str, names: dict[str, Any]) -> Iterator[str]:
+def _codes(where: str, names: Mapping[str, Any]) -> Iterator[str]:
     for name, value in sorted(names.items()):
         if isinstance(value, FunctionType):
             yield f"{where}.{name}={value.__module__}:{_code(value.__code__)}"
@@ -169,7 +171,7 @@ def _digest(lines: Iterable[str]) -> str:
 
 
 def _read(file: Path, facts: dict[str, Any]) -> list[str]:
-    """Return the checks that a record says were passed; none if it is not there, damaged, or of other facts."""
+    """Return the checks that a record says were passed; none if it is damaged, of other facts, not there."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -187,6 +189,6 @@ def _write(file: Path, record: dict[str, Any]) -> None:
             "w", dir=file.parent, prefix=".", suffix=".tmp", delete=False, encoding="utf-8"
         ) as part:
             json.dump(record, part)
-        os.replace(part.name, file)
+        Path(part.name).replace(file)
     except OSError as error:
         logger.debug("what a model proves cannot be kept: %s", error)
