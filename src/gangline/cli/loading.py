@@ -33,6 +33,9 @@ def loaded(
     Raises:
         CheckpointError: the model has no tokenizer, or cannot be read.
     """
+    from gangline.cli.startup import import_libraries
+
+    import_libraries()
     from gangline.evaluation.generation import require_generation
     from gangline.evaluation.plain import find_checkpoint, load_tokenizer
 
