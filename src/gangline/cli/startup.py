@@ -1,6 +1,6 @@
 """Import torch and transformers as quickly as they can be: most of a short command's time goes into that.
 
-Nothing is left out and nothing is replaced; a library that looks otherwise than expected is imported as it is.
+Nothing is left out; a library that looks otherwise than expected is imported as it is.
 """
 
 import ctypes
@@ -18,6 +18,15 @@ from typing import Any
 # What transformers imports first, and has shared libraries of its own: the system's linker works on one at a
 # time, so that Python would wait for torch's at the first of them.
 _WITH_LIBRARIES = ("regex", "numpy", "ctypes", "huggingface_hub.hf_api", "jinja2", "PIL.Image", "yaml")
+
+_COMPUTING = (
+    "transformers.modeling_utils",
+    "transformers.generation",
+    "transformers.models.auto.tokenization_auto",
+    "gangline.evaluation.generation",
+    "gangline.evaluation.plain",
+    "gangline.api",
+)
 
 
 def import_libraries() -> None:
@@ -40,15 +49,10 @@ def import_libraries() -> None:
         with _one_look_at_models(transformers):
             import transformers.models
         mapping.join()
-        import transformers.generation
-        import transformers.modeling_utils
-        import transformers.models.auto.tokenization_auto  # noqa: F401
-
-        import gangline.evaluation.generation
-        import gangline.evaluation.plain
-        import gangline.runtime.attach  # noqa: F401
-
-        _ = transformers.generation.GenerationMixin  # transformers imports this only when asked for it
+        for name in _COMPUTING:
+            import_module(name)
+        # transformers imports it only when somebody asks for it.
+        _ = transformers.generation.GenerationMixin  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -92,7 +96,7 @@ def _one_look_at_models(transformers: Any) -> Iterator[None]:
     Both ask the same cached function for the same folder, one by the folder and one by a file in it.
     """
     home = sys.modules.get("transformers.utils.import_utils")
-    look = getattr(home, "create_import_structure_from_path", None)
+    look: Any = getattr(home, "create_import_structure_from_path", None)
     if home is None or not hasattr(look, "cache_info"):
         yield
         return

@@ -74,6 +74,8 @@ def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
         loaded, view = opened.load_dense(codec)
         proofs = Proofs(proof_facts(loaded, opened.identity, codec))
         proofs.once("conformance", lambda: check_conformance(view))
+        if asked.meanwhile is not None:
+            asked.meanwhile()
         if opened.gguf is not None:
             loaded.config.name_or_path = str(opened.gguf.path)
         model_run = run_from_store(
