@@ -3,6 +3,7 @@
 import mmap
 import os
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from gangline.core.errors import CheckpointError, PackError
 from gangline.core.keys import ExpertKey
 from gangline.core.tiers import Priority
 from gangline.runtime import files as files_module
-from gangline.runtime import load
+from gangline.runtime import filling, load
 from gangline.runtime.files import ALIGN, ExpertFiles
 from gangline.runtime.filling import request_all, wait_for_all
 from gangline.runtime.opened import OpenedModel
@@ -153,6 +154,24 @@ def saved(tmp_path, seed, monkeypatch):
     model = tiny_model("olmoe", seed=seed, dtype=torch.float32).eval()
     model.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+def test_reading_begins_late_where_loading_needs_the_memory(saved, monkeypatch, seed):
+    begun = []
+    real = load.begin_filling
+
+    def begin(plan, *others):
+        needed = plan.slot_bytes + plan.dense + plan.load_extra
+        for short in (1, 0):
+            memory = SimpleNamespace(available=needed - short)
+            with monkeypatch.context() as patch:
+                patch.setattr(filling.psutil, "virtual_memory", lambda memory=memory: memory)
+                begun.append(real(plan, *others))
+        return begun[-1]
+
+    monkeypatch.setattr(load, "begin_filling", begin)
+    with gangline.load(saved).gangline as runtime:
+        assert begun == [None, runtime.store]
 
 
 @pytest.mark.parametrize("memory", [None, "4GiB"])

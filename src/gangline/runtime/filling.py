@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import psutil
+
 from gangline.core.keys import ExpertKey
 from gangline.core.layout import ExpertCatalog
 from gangline.core.tiers import Priority
@@ -40,10 +42,12 @@ def open_store(
 def begin_filling(plan: MemoryPlan, catalog: ExpertCatalog, view: MoEView, io: IOMode) -> ExpertStore | None:
     """Open the store and start reading while other parts of the model are made; None where that must wait.
 
-    Only where all experts have room and no budget was given: else the peak of loading the dense weights would
-    come on top of filled slots.
+    Only where all experts have room, no budget was given and the machine has memory for the peak of loading
+    the dense weights on top of filled slots.
     """
     if not plan.everything_resident or plan.budget is not None:
+        return None
+    if plan.slot_bytes + plan.dense + plan.load_extra > psutil.virtual_memory().available:
         return None
     store = open_store(plan, catalog, live_parts(DEFAULT, view, plan).caches, io)
     request_all(store, catalog)
