@@ -9,6 +9,7 @@ from gangline.core.layout import ExpertCatalog
 from gangline.core.tiers import Priority
 from gangline.models import MoEView
 from gangline.policies.caches import CachePolicy
+from gangline.runtime.arrival import slot_layout
 from gangline.runtime.files import ExpertFiles, IOMode
 from gangline.runtime.opened import largest_reads
 from gangline.runtime.planner import MemoryPlan
@@ -43,9 +44,12 @@ def begin_filling(plan: MemoryPlan, catalog: ExpertCatalog, view: MoEView, io: I
     """Open the store and start reading while other parts of the model are made; None where that must wait.
 
     Only where all experts have room, no budget was given and the machine has memory for the peak of loading
-    the dense weights on top of filled slots.
+    the dense weights on top of filled slots. Experts that are turned into tiles as they arrive wait as well:
+    that is done as they are bound, and the readers do it side by side.
     """
     if not plan.everything_resident or plan.budget is not None:
+        return None
+    if any(slot_layout(layout) != layout for layout in catalog.layouts):
         return None
     if plan.slot_bytes + plan.dense + plan.load_extra > psutil.virtual_memory().available:
         return None
