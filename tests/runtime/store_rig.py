@@ -52,8 +52,9 @@ def make_store(
     mode: IOMode = "auto",
     threads: int = 3,
     policy: CachePolicy | None = None,
+    bound: bool = True,
 ) -> ExpertStore:
-    """Open a store whose bound weights are the raw fields themselves."""
+    """Open a store whose bound weights are the raw fields themselves; if not ``bound``, nothing binds yet."""
     files = ExpertFiles(catalog.files, mode)
     layers = len(catalog.layouts)
     experts = len(catalog.extents) // layers
@@ -61,4 +62,5 @@ def make_store(
     slot_bytes = -(-slot_bytes // 4096) * 4096
     policy = policy or LayerLRU(slots, [top_k] * layers, [experts] * layers)
     pool = SlotPool(slot_bytes, slots, policy)
-    return ExpertStore(catalog, files, [pool], [0] * layers, lambda layer, raws: raws, threads)
+    bind = (lambda layer, raws: raws) if bound else None
+    return ExpertStore(catalog, files, [pool], [0] * layers, bind, threads)

@@ -33,23 +33,34 @@ def loaded(
     Raises:
         CheckpointError: the model has no tokenizer, or cannot be read.
     """
+    from gangline.cli.startup import import_libraries
+
+    import_libraries()
     from gangline.evaluation.generation import require_generation
-    from gangline.evaluation.plain import find_checkpoint, load_tokenizer
+    from gangline.evaluation.plain import find_checkpoint, has_tokenizer_files, load_tokenizer
 
     arguments = load_arguments(budget, compute, mode)
-    tokenizer = load_tokenizer(find_checkpoint(model, budget.revision))
-    if tokenizer is None:
-        raise CheckpointError(
-            f"{model} has no tokenizer, so it cannot read text; 'gangline bench' can time it"
-        )
+    checkpoint = find_checkpoint(model, budget.revision)
+    found: list[Any] = []
+
+    def read_tokenizer() -> None:
+        if not found:
+            found.append(load_tokenizer(checkpoint))
+
+    if not has_tokenizer_files(checkpoint):
+        read_tokenizer()
+        if found == [None]:
+            raise CheckpointError(
+                f"{model} has no tokenizer, so it cannot read text; 'gangline bench' can time it"
+            )
     import gangline
 
-    found = gangline.load(model, **arguments)
+    loaded_model = gangline.load(model, meanwhile=read_tokenizer, **arguments)
     try:
-        require_generation(found)
-        yield Loaded(found, tokenizer)
+        require_generation(loaded_model)
+        yield Loaded(loaded_model, found[0])
     finally:
-        found.gangline.close()
+        loaded_model.gangline.close()
 
 
 def tokenizer_at_hand(model: str, options: ModelOptions) -> Any | None:

@@ -4,6 +4,7 @@ Nothing here touches a file or a tensor: these are the words that readers, the s
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from gangline.core.keys import ExpertKey
@@ -84,7 +85,7 @@ class ExpertCatalog:
     extents: dict[ExpertKey, tuple[Extent, ...]]
     checksums: dict[ExpertKey, int] | None = None
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all experts."""
         return sum(extent.nbytes for extents in self.extents.values() for extent in extents)

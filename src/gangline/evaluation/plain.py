@@ -54,6 +54,12 @@ def place(model: str | Path) -> str | Path:
     return demo_made_apart()
 
 
+def has_tokenizer_files(checkpoint: LocalCheckpoint) -> bool:
+    """Whether a folder holds a file that tokenizers are made from; never so for a GGUF file."""
+    folder = checkpoint.folder
+    return checkpoint.gguf is None and any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
 def load_tokenizer(checkpoint: LocalCheckpoint) -> Any | None:
     """Return the tokenizer of a checkpoint, or None if it has none (random-weight checkpoints).
 
@@ -67,7 +73,7 @@ def load_tokenizer(checkpoint: LocalCheckpoint) -> Any | None:
         return GGUFCheckpoint.open(checkpoint.gguf).tokenizer()
     # Of a configuration that it cannot read, AutoTokenizer makes a nameless one with a warning.
     read_config(checkpoint.folder, checkpoint.name)
-    if not any((checkpoint.folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not has_tokenizer_files(checkpoint):
         return None
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder)

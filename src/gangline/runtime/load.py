@@ -17,32 +17,30 @@ from gangline.core.errors import CheckpointError
 from gangline.core.home import cache_dir
 from gangline.core.keys import ExpertKey
 from gangline.core.layout import ExpertCatalog
-from gangline.core.tiers import Priority
 from gangline.kernels.choice import expert_kernel, set_native_threads
 from gangline.kernels.cpu.native_kernel import NativeKernel
 from gangline.kernels.reference import ReferenceKernel
 from gangline.models import MoEView, check_conformance, expert_math, install
-from gangline.policies.caches import CachePolicy
 from gangline.runtime.arrival import arrive, slot_layout
 from gangline.runtime.engine import Engine, ExpertKernel
-from gangline.runtime.files import ExpertFiles, IOMode
+from gangline.runtime.files import IOMode
+from gangline.runtime.filling import begin_filling, open_store, request_all, wait_for_all
 from gangline.runtime.footprint import Footprint
 from gangline.runtime.gpu_experts import GpuExperts, place_experts
 from gangline.runtime.hash_execution import execute_predictions
 from gangline.runtime.native_decode import enable_native_decode
-from gangline.runtime.opened import OpenedModel, codec_of, largest_reads, open_model
+from gangline.runtime.opened import OpenedModel, codec_of, open_model
 from gangline.runtime.options import LoadOptions, plan_request
 from gangline.runtime.planner import MemoryPlan, make_plan
 from gangline.runtime.policy_choice import DEFAULT, PolicyChoice, asked_policy, tuned_policy
 from gangline.runtime.policy_setup import live_parts
 from gangline.runtime.progress import byte_bar
+from gangline.runtime.proofs import Proofs, proof_facts
 from gangline.runtime.runtime import Runtime
-from gangline.runtime.slots import SlotPool
 from gangline.runtime.store import ExpertStore
 
 logger = logging.getLogger(__name__)
 
-IO_THREADS = 4
 # Counts the changes of what the bytes of a pack mean: old ones are then not found, and made anew.
 PACK_LAYOUT = 3
 
@@ -68,22 +66,35 @@ def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
     plan, _ = _plan(opened, asked)
     for note in plan.notes:
         logger.warning("%s: %s", opened.name, note)
-    catalog = _catalog(opened, codec_of(asked.precision), asked.progress)
-    loaded, view = opened.load_dense(codec_of(asked.precision))
-    check_conformance(view)
-    if opened.gguf is not None:
-        loaded.config.name_or_path = str(opened.gguf.path)
-    model_run = run_from_store(
-        loaded,
-        view,
-        plan,
-        catalog,
-        io=asked.io,
-        cache_seed=asked.cache_seed,
-        progress=asked.progress,
-        policy=policy or _tuned(opened, asked, plan) or DEFAULT,
-        gpu=None if gpu is None else GpuExperts(gpu, opened.dtype),
-    )
+    codec = codec_of(asked.precision)
+    catalog = _catalog(opened, codec, asked.progress)
+    policy = policy or _tuned(opened, asked, plan) or DEFAULT
+    store = begin_filling(plan, catalog, opened.view, asked.io) if gpu is None else None
+    try:
+        loaded, view = opened.load_dense(codec)
+        proofs = Proofs(proof_facts(loaded, opened.identity, codec))
+        proofs.once("conformance", lambda: check_conformance(view))
+        if asked.meanwhile is not None:
+            asked.meanwhile()
+        if opened.gguf is not None:
+            loaded.config.name_or_path = str(opened.gguf.path)
+        model_run = run_from_store(
+            loaded,
+            view,
+            plan,
+            catalog,
+            io=asked.io,
+            cache_seed=asked.cache_seed,
+            progress=asked.progress,
+            policy=policy,
+            gpu=None if gpu is None else GpuExperts(gpu, opened.dtype),
+            store=store,
+            proofs=proofs,
+        )
+    except BaseException:
+        if store is not None:
+            store.close()
+        raise
     model_run.gangline.identity = opened.identity  # type: ignore[union-attr]
     if asked.mode == "execute":
         execute_predictions(model_run, policy or DEFAULT)
@@ -142,8 +153,23 @@ def run_from_store(
     progress: bool | None = None,
     policy: PolicyChoice = DEFAULT,
     gpu: GpuExperts | None = None,
+    store: ExpertStore | None = None,
+    proofs: Proofs | None = None,
 ) -> PreTrainedModel:
     """Make a model without expert matrices compute its experts from ``catalog`` within ``plan``, or on a GPU.
+
+    Args:
+        model: with its dense weights.
+        view: its MoE layers.
+        plan: what goes where.
+        catalog: where the experts can be read.
+        io: how to read them.
+        cache_seed: evict at random under this seed.
+        progress: show bars; None shows them on a terminal.
+        policy: what evicts and prefetches.
+        gpu: where all experts shall go, if there.
+        store: of this plan and catalog, where one is being filled already.
+        proofs: checks that the model passed before.
 
     Raises:
         UsageError: the parts of ``policy`` cannot be made; see
@@ -157,9 +183,9 @@ def run_from_store(
             return gpu.bind(raws)
         return kernels[layer].bind(arrive(catalog.layouts[layer], raws))
 
-    files = ExpertFiles(catalog.files, io)
-    pools, pool_of_layer = _pools(plan, catalog, files.align, parts.caches)
-    store = ExpertStore(catalog, files, pools, pool_of_layer, bind, IO_THREADS)
+    begun = store is not None
+    store = store or open_store(plan, catalog, parts.caches, io)
+    store.bind_with(bind)
     engine = Engine(store, kernels, view.geometry)
     runtime = Runtime(model, view, plan, catalog, store, engine, policy)
     for block in view.blocks:
@@ -168,7 +194,8 @@ def run_from_store(
     runtime.on_close(hook.remove)
     if plan.rows < plan.context and getattr(model, "generation_config", None) is not None:
         model.generation_config.prefill_chunk_size = plan.rows
-    decode = enable_native_decode(model, view, engine, context=None if plan.budget is None else plan.context)
+    context = None if plan.budget is None else plan.context
+    decode = enable_native_decode(model, view, engine, context=context, proofs=proofs)
     if decode is not None:
         runtime.on_close(decode.close)
         runtime.decodes_natively = True
@@ -180,7 +207,9 @@ def run_from_store(
         return model
     runtime.start_policy(parts)
     if plan.everything_resident:
-        _read_everything(store, catalog, progress)
+        if not begun:
+            request_all(store, catalog)
+        wait_for_all(store, catalog, progress)
         if decode is not None:
             decode.decoder.set_experts(_resident_table(store, kernels, view))
     return model
@@ -219,29 +248,3 @@ def _catalog(opened: OpenedModel, codec: str | None, progress: bool | None) -> E
         return write_pack(
             opened.source, cache_dir("packs") / key, key=key, codec=codec, origin=opened.name, progress=update
         )
-
-
-def _pools(
-    plan: MemoryPlan, catalog: ExpertCatalog, align: int, policies: Sequence[CachePolicy]
-) -> tuple[list[SlotPool], list[int]]:
-    needed = largest_reads(catalog, align)
-    pool_of_layer = [0] * len(needed)
-    pools: list[SlotPool] = []
-    for (size, count, layers), policy in zip(plan.slots, policies, strict=True):
-        for layer in layers:
-            pool_of_layer[layer] = len(pools)
-        assert max(needed[layer] for layer in layers) <= size
-        pools.append(SlotPool(size, count, policy))
-    return pools, pool_of_layer
-
-
-def _read_everything(store: ExpertStore, catalog: ExpertCatalog, progress: bool | None) -> None:
-    """Fill all slots before the first token, with a bar."""
-    with byte_bar("reading experts", progress) as update:
-        done = 0
-        for key, extents in catalog.extents.items():
-            store.request(ExpertKey(*key), Priority.BACKGROUND)
-            done += sum(extent.nbytes for extent in extents)
-            store.wait_below(2 * IO_THREADS)
-            update(done, catalog.nbytes)
-        store.wait_idle()

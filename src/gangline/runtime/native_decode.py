@@ -24,6 +24,7 @@ from gangline.models import MoEView
 from gangline.runtime.native_cache import GrowingLayer, adopt_cache, growing_layers
 from gangline.runtime.native_check import check_native, embed
 from gangline.runtime.native_skeleton import native_decoder
+from gangline.runtime.proofs import Proofs
 from gangline.runtime.torch_threads import pause_torch_threads
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,12 @@ class MoE(Protocol):
 
 
 def enable_native_decode(
-    model: PreTrainedModel, view: MoEView, moe: MoE, *, context: int | None = None
+    model: PreTrainedModel,
+    view: MoEView,
+    moe: MoE,
+    *,
+    context: int | None = None,
+    proofs: Proofs | None = None,
 ) -> "NativeDecode | None":
     """Put the native step in front of ``model.forward``, if it is proved to compute what the modules compute.
 
@@ -58,13 +64,14 @@ def enable_native_decode(
         view: its MoE layers.
         moe: computes the experts.
         context: tokens over all sequences that the memory plan has room for; caches grow no further.
+        proofs: checks that the model passed before; None checks it now.
 
     Returns:
         The running step (``close()`` takes it out again), or None with one logged line that says why not.
     """
     try:
         decoder = native_decoder(model, view)
-        check_native(model, view, decoder)
+        (proofs or Proofs()).once("native decode", lambda: check_native(model, view, decoder))
     except NotNativeError as reason:
         logger.info("%s decodes through transformers' modules: %s", type(model).__name__, reason)
         return None

@@ -1,5 +1,6 @@
 """What a user may say about loading a model; planning, loading and attaching share it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
@@ -39,6 +40,7 @@ class LoadOptions:
         device: where experts are computed: ``cpu``, or ``cuda`` (``cuda:1``) for sparse experts that all fit
             there; None takes a GPU only where its times were measured.
         name: what messages and reports call the model; None is what ``model`` says.
+        meanwhile: called once while the model is loaded: at a time when experts may be on their way.
     """
 
     memory: str | int | None = None
@@ -57,6 +59,7 @@ class LoadOptions:
     progress: bool | None = None
     device: str | None = None
     name: str | None = None
+    meanwhile: Callable[[], object] | None = None
 
 
 def plan_request(

@@ -41,7 +41,8 @@ class ExpertStore:
         catalog: where every expert can be read.
         files: the catalog's files, open.
         pools: slot pools; ``pool_of_layer`` names the one of each layer.
-        bind: makes the object that a kernel computes with from ``(layer, raw fields)``.
+        bind: makes the object that a kernel computes with from ``(layer, raw fields)``; None if it is not
+            known yet (:meth:`bind_with`): experts may be read before, and stay on their way until then.
         io_threads: reads in flight.
     """
 
@@ -51,7 +52,7 @@ class ExpertStore:
         files: ExpertFiles,
         pools: Sequence[SlotPool],
         pool_of_layer: Sequence[int],
-        bind: Bind,
+        bind: Bind | None,
         io_threads: int,
     ) -> None:
         self._catalog = catalog
@@ -59,6 +60,7 @@ class ExpertStore:
         self._pools = [pools[index] for index in pool_of_layer]
         self._all_pools = list(pools)
         self._bind = bind
+        self._unbound: list[tuple[ExpertKey, Slot, Ticket]] = []
         self._table: dict[ExpertKey, Slot] = {}
         self._tickets: dict[ExpertKey, Ticket] = {}
         self._ahead: dict[ExpertKey, int] = {}  # read ahead and not used yet, with their bytes
@@ -162,6 +164,18 @@ class ExpertStore:
             for pool, policy in zip(self._all_pools, policies, strict=True):
                 pool.policy = policy
 
+    def bind_with(self, bind: Bind) -> None:
+        """Say what makes the objects that kernels compute with, of a store that was opened without."""
+        with self._lock:
+            self._bind, unbound, self._unbound = bind, self._unbound, []
+        for key, slot, ticket in unbound:
+            self._finish(key, slot, ticket)
+
+    @property
+    def under_way(self) -> int:
+        """Number of experts that are requested and not there yet."""
+        return len(self._tickets)
+
     def wait_below(self, reads: int) -> None:
         """Wait until fewer than ``reads`` experts are on their way."""
         with self._changed:
@@ -189,6 +203,7 @@ class ExpertStore:
             self._table.clear()
             self._tickets.clear()
             self._draining.clear()
+            self._unbound.clear()
             self._changed.notify_all()
 
     # Slots: the lock is held in all of these.
@@ -278,7 +293,7 @@ class ExpertStore:
     def _plan(self, key: ExpertKey) -> ReadPlan:
         return plan_reads(self._catalog.extents[key], self._files.align)
 
-    # Completion: runs in a reader thread.
+    # Completion: runs in a reader thread, or in the one that brings what binds.
 
     def _finish(self, key: ExpertKey, slot: Slot, ticket: Ticket) -> None:
         with self._changed:
@@ -287,10 +302,15 @@ class ExpertStore:
                 return
         raws = self._pools[key.layer].raw(slot, ticket.plan.fields)
         error: Exception | None = ticket.error or self._verify(key, raws)
+        with self._lock:
+            bind = self._bind
+            if bind is None:
+                self._unbound.append((key, slot, ticket))
+                return
         weights = None
         if error is None:
             try:
-                weights = self._bind(key.layer, raws)
+                weights = bind(key.layer, raws)
             except Exception as raised:  # noqa: BLE001 - the thread that waits for this expert must see it
                 error = raised
         with self._changed:

@@ -1,0 +1,86 @@
+"""The quick way to import the libraries leaves them as the plain way does."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from gangline.cli import startup
+
+PLAIN = """
+import transformers, transformers.models, torch
+"""
+QUICK = """
+import gc
+from gangline.cli.startup import import_libraries
+before = gc.isenabled()
+import_libraries()
+assert gc.isenabled() is before and gc.get_freeze_count() > 0
+import transformers, transformers.models, torch
+from transformers.utils import import_utils
+assert import_utils.create_import_structure_from_path.cache_info().currsize
+"""
+REPORT = """
+import json
+print(json.dumps({
+    "models": {k: sorted(v) for k, v in sorted(transformers.models._import_structure.items())},
+    "names": sorted(transformers.models.__all__),
+    "sum": float(torch.arange(9.0).view(3, 3).mm(torch.ones(3, 3)).sum()),
+    "threads": torch.get_num_threads(),
+    "library": torch.__config__.parallel_info().splitlines()[0],
+}))
+"""
+
+
+def test_libraries_are_as_the_plain_import_leaves_them():
+    plain, quick = (
+        subprocess.run(
+            [sys.executable, "-c", code + REPORT], capture_output=True, text=True, check=True
+        ).stdout
+        for code in (PLAIN, QUICK)
+    )
+    assert json.loads(quick) == json.loads(plain)
+    assert len(json.loads(quick)["models"]) > 100
+
+
+def test_what_is_imported_is_left_alone(monkeypatch):
+    pytest.importorskip("torch")
+    frozen = gc.get_freeze_count()
+    monkeypatch.setattr(startup, "import_module", lambda name: pytest.fail(f"imported {name} again"))
+    startup.import_libraries()
+    assert gc.get_freeze_count() == frozen
+
+
+@pytest.mark.parametrize("missing", ["module", "function", "cache"])
+def test_a_transformers_that_looks_otherwise_is_imported_as_it_is(monkeypatch, missing):
+    home = SimpleNamespace()
+    if missing == "cache":
+        home.create_import_structure_from_path = look = lambda path: path
+    monkeypatch.setitem(sys.modules, "transformers.utils.import_utils", None if missing == "module" else home)
+    with startup._one_look_at_models(SimpleNamespace(__file__="/x/transformers/__init__.py")):
+        assert missing != "cache" or home.create_import_structure_from_path is look
+
+
+@pytest.mark.parametrize("missing", [None, "torch", "system", "dlopen", "files"])
+def test_maps_what_is_there(monkeypatch, tmp_path, missing):
+    opened = []
+
+    def dlopen(path, flags):
+        opened.append(Path(os.fsdecode(path)).name)
+
+    here = SimpleNamespace() if missing == "dlopen" else SimpleNamespace(dlopen=dlopen)
+    monkeypatch.setattr(startup.ctypes, "CDLL", lambda name: here)
+    spec = SimpleNamespace(origin=str(tmp_path / "torch" / "__init__.py"))
+    monkeypatch.setattr(startup, "find_spec", lambda name: None if missing == "torch" else spec)
+    monkeypatch.setattr(startup.sys, "platform", "plan9" if missing == "system" else "linux")
+    names = ["libtorch_global_deps.so", "libtorch_cpu.so"]
+    (tmp_path / "torch" / "lib").mkdir(parents=True)
+    for name in [] if missing == "files" else names:
+        (tmp_path / "torch" / "lib" / name).write_bytes(b"")
+    startup._map_torch()
+    assert opened == (names if missing is None else [])
