@@ -1,13 +1,15 @@
 """A GGUF file as it is stored: linear layers on its own blocks, experts turned into tiles in their slots."""
 
+import math
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 
 from checkpoint.gguf_models import tiny_model
-from formats.codec_rig import random_raw
+from formats.codec_rig import HALF_FIELDS, random_raw
 from gangline.checkpoint.gguf import GGUFCheckpoint
 from gangline.checkpoint.gguf_writer import write_gguf
 from gangline.core.layout import ExpertLayout, FieldSpec
@@ -132,3 +134,52 @@ def test_the_plan_counts_packed_layers(tmp_path: Path, seed: int) -> None:
     stored, expanded = plan_model(path), plan_model(path, precision="int8")
     assert stored.dense < expanded.dense
     assert stored.load_extra < expanded.load_extra
+
+
+def with_super_blocks(source: Path, target: Path) -> Path:
+    """A copy of a Q8_0 file whose matrices are random blocks of the types that Q4_K_M and Q5_K_M mix."""
+    read, write = gguf.GGUFReader(source), gguf.GGUFWriter(target, "olmoe")
+    for key, field in read.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            parts = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            write.add_key_value(key, field.contents(), field.types[0], parts)
+    for tensor in read.tensors:
+        kind, data = tensor.tensor_type, tensor.data
+        if kind == gguf.GGMLQuantizationType.Q8_0 and tensor.name != "token_embd.weight":
+            wide = ("down", "output.weight", "attn_v")
+            name = "Q6_K" if any(part in tensor.name for part in wide) else "Q4_K"
+            name = "Q5_K" if "attn_q" in tensor.name else name
+            kind = gguf.GGMLQuantizationType[name]
+            *outer, columns = (int(size) for size in reversed(tensor.shape))
+            raw = random_raw(f"ggml:{name}", (math.prod(outer), columns)).view(math.prod(outer), -1)
+            blocks_NB = raw.view(-1, get_codec(f"ggml:{name}").size)
+            for place, scale in zip(HALF_FIELDS[f"ggml:{name}"], (5e-4, 4e-3), strict=False):
+                step = scale if name != "Q6_K" else 9e-5
+                blocks_NB[:, place : place + 2] = torch.tensor([step]).half().view(torch.uint8)
+            data = raw.view(*outer, -1).numpy()
+        write.add_tensor(tensor.name, data, raw_dtype=kind)
+    write.write_header_to_file()
+    write.write_kv_data_to_file()
+    write.write_tensors_to_file()
+    write.close()
+    return target
+
+
+def test_a_mix_of_super_blocks_runs_as_it_is_stored(tmp_path: Path, seed: int) -> None:
+    changes = {**_OLMOE, "intermediate_size": 256}
+    path = with_super_blocks(make(tmp_path, "olmoe", "q8_0", **changes), tmp_path / "mix.gguf")
+    weights = dict(GGUFCheckpoint.open(path).dense_tensors(torch.float32))
+    ids_BT = torch.randint(3, 300, (2, 9))
+    answers = []
+    for slots in (16, 5):
+        model: Any = load_model(path, expert_slots=slots)
+        try:
+            packed = {name: part for name, part in model.named_modules() if isinstance(part, PackedLinear)}
+            assert {part.codec for part in packed.values()} == {"ggml:Q4_K", "ggml:Q5_K", "ggml:Q6_K"}
+            assert all(torch.equal(part.weight, weights[f"{name}.weight"]) for name, part in packed.items())
+            assert model.gangline.plan.codecs == ("ggml:Q4_K", "ggml:Q6_K")
+            answers.append(continued(model, ids_BT))
+        finally:
+            model.gangline.close()
+    assert torch.equal(answers[0][0], answers[1][0])
+    assert torch.equal(answers[0][1], answers[1][1])
