@@ -42,6 +42,7 @@ class ModuleExperts:
         return self._layers[layer](x_TD, ids_TK, weights_TK)
 
     observed = False
+    guided = False
 
     def stepped(self, routing: Any) -> None:
         self.events += [(layer, ids_BK) for layer, (ids_BK, _) in enumerate(routing)]

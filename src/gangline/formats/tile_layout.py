@@ -174,7 +174,7 @@ def row_blocks(rows: int) -> int:
 
 def _in_bytes(bits: int) -> int:
     """A word whose bytes all have so many low bits set."""
-    return (2**bits - 1) * 0x01010101
+    return ((1 << bits) - 1) * 0x01010101
 
 
 def _spread(words_NW: Tensor, bits: int) -> Tensor:

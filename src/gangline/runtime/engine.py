@@ -172,6 +172,11 @@ class Engine:
         return self.reroute is not None or (self.observer is not None and self.on_step is None)
 
     @property
+    def guided(self) -> bool:
+        """Whether somebody must be told of every pass before it begins, or of what it chose."""
+        return self.policy is not None or self.observer is not None or self.on_step is not None
+
+    @property
     def next_step(self) -> int:
         """Number of the forward pass that comes next."""
         return self._step + 1

@@ -29,6 +29,7 @@ from gangline.runtime.footprint import Footprint
 from gangline.runtime.gpu_experts import GpuExperts, place_experts
 from gangline.runtime.hash_execution import execute_predictions
 from gangline.runtime.native_decode import enable_native_decode
+from gangline.runtime.native_generate import enable_native_generate
 from gangline.runtime.opened import OpenedModel, codec_of, open_model
 from gangline.runtime.options import LoadOptions, plan_request
 from gangline.runtime.planner import MemoryPlan, make_plan
@@ -199,6 +200,7 @@ def run_from_store(
     if decode is not None:
         runtime.on_close(decode.close)
         runtime.decodes_natively = True
+        enable_native_generate(model, decode, runtime.before_step)
     object.__setattr__(model, "gangline", runtime)
     if gpu is not None:
         runtime.gpu = gpu

@@ -143,10 +143,10 @@ class GrowingLayer(DynamicLayer):
             self.make_room(1)
         return keys.address, values.address, keys.capacity
 
-    def appended(self) -> None:
-        """Count a token that was written behind the part in use."""
+    def appended(self, tokens: int = 1) -> None:
+        """Count tokens that were written behind the part in use."""
         for rows in self._both():
-            rows.length += 1
+            rows.length += tokens
 
     def holds(self, batch: int, length: int) -> bool:
         """Whether keys and values are of so many sequences and positions, and of one kind."""

@@ -12,6 +12,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,7 @@ from gangline.kernels.cpu.decoder import NativeDecoder, NotNativeError, Routing
 from gangline.models import MoEView
 from gangline.runtime.native_cache import GrowingLayer, adopt_cache, growing_layers
 from gangline.runtime.native_check import check_native, embed
+from gangline.runtime.native_session import NativeSession
 from gangline.runtime.native_skeleton import native_decoder
 from gangline.runtime.proofs import Proofs
 from gangline.runtime.torch_threads import pause_torch_threads
@@ -42,6 +44,11 @@ class MoE(Protocol):
     @property
     def observed(self) -> bool:
         """Whether every layer must go through ``forward``, though all experts are in memory."""
+        ...
+
+    @property
+    def guided(self) -> bool:
+        """Whether somebody must be told of every pass before it begins, or of what it chose."""
         ...
 
     def stepped(self, routing: Routing) -> None:
@@ -91,12 +98,13 @@ class NativeDecode:
         self, model: PreTrainedModel, decoder: NativeDecoder, moe: MoE, context: int | None = None
     ) -> None:
         self.decoder = decoder
+        self.model = model
         self.enabled = True
         self.steps = 0
-        self._model = model
+        self.lock = threading.Lock()
         self._moe = moe
         self._context = context
-        self._lock = threading.Lock()
+        self._undo: list[Callable[[], object]] = []
         self._replaced = _replaced_forwards(model)
         self._sound = True
         self._original = model.forward
@@ -104,8 +112,38 @@ class NativeDecode:
 
     def close(self) -> None:
         """Give the model its own ``forward`` back."""
-        self._model.__dict__.pop("forward", None)
+        self.model.__dict__.pop("forward", None)
+        while self._undo:
+            self._undo.pop()()
         self.decoder.set_experts(None)
+
+    def on_close(self, undo: Callable[[], object]) -> None:
+        """Call ``undo`` when the model gets its own ``forward`` back."""
+        self._undo.append(undo)
+
+    @property
+    def serves_sessions(self) -> bool:
+        """Whether :meth:`session` may give one: every expert is in memory and nobody watches."""
+        hooks = len(self.model._forward_pre_hooks) + len(self.model._forward_hooks)
+        watched = hooks > 1 or self._moe.observed or self._moe.guided  # one hook is the engine's
+        return self.enabled and self.decoder.resident and not watched
+
+    def session(
+        self, kwargs: dict[str, Any], before_step: Callable[[int, int], None]
+    ) -> NativeSession | None:
+        """Return steps that begin with the one that a call of ``forward`` with ``kwargs`` would be.
+
+        None if the modules must serve it. ``before_step``: see :class:`NativeSession`.
+        """
+        found = self._step_of(kwargs) if self.serves_sessions else None
+        if found is None:
+            return None
+        return NativeSession(self, found.layers, found.first_B, found.positions_B, before_step)
+
+    def count_step(self, routing: Routing) -> None:
+        """Count a step that was computed in one native call, and tell the engine of its choices."""
+        self.steps += 1
+        self._moe.stepped(routing)
 
     def _wrapper(self) -> Callable[..., Any]:
         original = self._original
@@ -118,7 +156,7 @@ class NativeDecode:
                 kwargs["input_ids"] = args[0]
             step = self._step_of(kwargs)
             if step is not None:
-                return step()
+                return self._run(step)
             self._adopt(kwargs)
             return original(**kwargs)
 
@@ -127,10 +165,10 @@ class NativeDecode:
     def _adopt(self, kwargs: dict[str, Any]) -> None:
         """Give a prompt a cache with room to grow, if the native step may go on from it."""
         cache = kwargs.get("past_key_values")
-        if kwargs.get("use_cache", self._model.config.use_cache) is False or kwargs.get("labels") is not None:
+        if kwargs.get("use_cache", self.model.config.use_cache) is False or kwargs.get("labels") is not None:
             return
         if cache is None:
-            cache = DynamicCache(config=self._model.config)
+            cache = DynamicCache(config=self.model.config)
         elif type(cache) is not DynamicCache or cache.get_seq_length():
             return
         self._sound = not (self.decoder.parts.moved() or self._is_watched())
@@ -139,15 +177,15 @@ class NativeDecode:
 
     def _is_watched(self) -> bool:
         """Whether somebody hooked or replaced a part of the model, and expects it to be called."""
-        for module in self._model.modules():
-            if module is self._model:
+        for module in self.model.modules():
+            if module is self.model:
                 continue
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 if any(getattr(hook, "__module__", "") != _CAPTURE for hook in hooks.values()):
                     return True
-        return _replaced_forwards(self._model) != self._replaced
+        return _replaced_forwards(self.model) != self._replaced
 
-    def _step_of(self, kwargs: dict[str, Any]) -> Callable[[], MoeCausalLMOutputWithPast] | None:
+    def _step_of(self, kwargs: dict[str, Any]) -> "_Step | None":
         """Return the native step for a call of ``forward``, or None if the modules must serve it."""
         cache, ids_BT = kwargs.get("past_key_values"), kwargs.get("input_ids")
         if cache is None or ids_BT is None or ids_BT.dim() != 2 or ids_BT.shape[1] != 1:
@@ -167,11 +205,11 @@ class NativeDecode:
         positions_B = _positions(kwargs.get("position_ids"), rows, length)
         if first_B is None or positions_B is None:
             return None
-        return lambda: self._run(cache, layers, ids_BT, positions_B, first_B, length)
+        return _Step(cache, layers, ids_BT, positions_B, first_B, length)
 
     def _plain(self, kwargs: dict[str, Any]) -> bool:
         """Whether nothing is asked for but the logits of the new token."""
-        model, settings = self._model, vars(self._model.config)  # its own attribute access is slow
+        model, settings = self.model, vars(self.model.config)  # its own attribute access is slow
         if model.training or torch.is_autocast_enabled("cpu"):
             return False
         asked = {
@@ -194,29 +232,39 @@ class NativeDecode:
         ]
         return not any(outputs) and not asked and settings.get("return_dict", True) is not False
 
-    def _run(
-        self,
-        cache: DynamicCache,
-        layers: list[GrowingLayer],
-        ids_B1: Tensor,
-        positions_B: Tensor,
-        first_B: Tensor,
-        length: int,
-    ) -> MoeCausalLMOutputWithPast:
+    def _run(self, step: "_Step") -> MoeCausalLMOutputWithPast:
         decoder = self.decoder
         pause_torch_threads()
-        with self._lock:
-            embedded_BD = embed(self._model, decoder, ids_B1)
-            buffers = decoder.begin(embedded_BD, positions_B, first_B, length, layers)
+        with self.lock:
+            embedded_BD = embed(self.model, decoder, step.ids_B1)
+            buffers = decoder.begin(embedded_BD, step.positions_B, step.first_B, step.length, step.layers)
             if decoder.resident and not self._moe.observed:
                 logits_BV = decoder.step_all(buffers)
-                self._moe.stepped(buffers.routing)
+                self.count_step(buffers.routing)
             else:
                 logits_BV = decoder.step(buffers, self._moe.forward)
-            self.steps += 1
-        for rows in layers:
+                self.steps += 1
+        for rows in step.layers:
             rows.appended()
-        return MoeCausalLMOutputWithPast(logits=logits_BV.unsqueeze(1), past_key_values=cache)
+        return MoeCausalLMOutputWithPast(logits=logits_BV.unsqueeze(1), past_key_values=step.cache)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One call of ``forward`` that the native step serves.
+
+    Attributes:
+        cache: of which ``layers`` are the layers, all of ``length`` positions.
+        ids_B1: the tokens. positions_B: their rotary positions.
+        first_B: where each sequence begins in the cache.
+    """
+
+    cache: DynamicCache
+    layers: list[GrowingLayer]
+    ids_B1: Tensor
+    positions_B: Tensor
+    first_B: Tensor
+    length: int
 
 
 def _first_visible(mask_BS: Any, rows: int, length: int) -> Tensor | None:

@@ -270,21 +270,30 @@ class Runtime:
             return
         policy = self._engine.policy
         sequences, length = shape
-        rows = sequences * length
+        past = _past_tokens(kwargs)
         if length == 1:
-            self._engine.phase = "decode"
-            self._decode_tokens += rows
+            self.before_step(sequences, past)
         else:
             self._engine.phase = "prefill"
-            self._prefill_tokens += rows
-        past = _past_tokens(kwargs)
-        if self.plan.budget is not None:
+            self._prefill_tokens += sequences * length
             self._check_room(sequences, length, past, kwargs)
         if policy is not None:
             policy.begin_pass(self._engine.next_step, _token_ids(args, kwargs), new=past == 0)
 
+    def before_step(self, sequences: int, past: int) -> None:
+        """Note a pass over one token a sequence, with ``past`` positions in the cache.
+
+        Raises:
+            ContextError: as :meth:`before_forward`.
+        """
+        self._engine.phase = "decode"
+        self._decode_tokens += sequences
+        self._check_room(sequences, 1, past, {})
+
     def _check_room(self, sequences: int, length: int, past: int, kwargs: dict[str, Any]) -> None:
         plan = self.plan
+        if plan.budget is None:
+            return
         total = sequences * (past + length)
         if total > plan.context:
             raise ContextError(

@@ -205,22 +205,27 @@ class NativeDecoder:
             length: positions in the cache before this step.
             cache: one entry a layer, with room for one more.
         """
-        rows = len(embedded_BD)
-        buffers = StepBuffers(rows, self.hidden, self._k, self.classes, self.dtype)
+        buffers = self.buffers(len(embedded_BD))
         addresses = [number for layer in cache for number in layer.native_rows()]
-        self.native.begin(
-            rows,
-            embedded_BD.data_ptr(),
-            positions_B.data_ptr(),
-            first_B.data_ptr(),
-            length,
-            addresses,
-            buffers.x_BD.data_ptr(),
-            buffers.routing.ids.data_ptr(),
-            buffers.routing.weights.data_ptr(),
-            buffers.logits_BV.data_ptr(),
-        )
+        embedded, positions, first = (tensor.data_ptr() for tensor in (embedded_BD, positions_B, first_B))
+        self.start(buffers, embedded, positions, first, length, addresses)
         return buffers
+
+    def buffers(self, rows: int) -> "StepBuffers":
+        """Return room for what a step of so many sequences reads and writes on the Python side."""
+        return StepBuffers(rows, self.hidden, self._k, self.classes, self.dtype)
+
+    def start(
+        self,
+        buffers: "StepBuffers",
+        embedded: int,
+        positions: int,
+        first: int,
+        length: int,
+        cache: Sequence[int],
+    ) -> None:
+        """As :meth:`begin`, of addresses: ``cache`` holds keys, values and capacity of every layer."""
+        self.native.begin(len(buffers.x_BD), embedded, positions, first, length, cache, *buffers.addresses)
 
     def step(self, buffers: "StepBuffers", moe: MoEForward) -> Tensor:
         """Return the logits ``[B, V]``; ``moe`` computes the experts of each MoE layer."""
@@ -280,12 +285,15 @@ class StepBuffers:
         x_BD: input of the experts of the layer under way, fp32; changes with every layer.
         routing: what the routers chose.
         logits_BV: in the model's number format.
+        addresses: of these tensors, as the native step takes them.
     """
 
     def __init__(self, rows: int, hidden: int, k: Sequence[int], classes: int, dtype: torch.dtype) -> None:
         self.x_BD = torch.empty(rows, hidden)
         self.routing = Routing(rows, k)
         self.logits_BV = torch.empty(rows, classes, dtype=dtype)
+        written = (self.x_BD, self.routing.ids, self.routing.weights, self.logits_BV)
+        self.addresses = tuple(tensor.data_ptr() for tensor in written)
 
 
 def parts() -> Parts:
