@@ -19,70 +19,83 @@ SparsifyMethod = Literal["magnitude", "wanda", "sparsegpt", "alps"]
 _MUCH = 1.1
 
 
+OutputOption = Annotated[
+    Path | None,
+    option("--output", "-o", metavar="DIR", help="Folder to write, packed: this program runs it."),
+]
+DenseOption = Annotated[
+    Path | None,
+    option("--dense", metavar="DIR", help="Folder to write with the zeros stored: transformers loads it."),
+]
+PatternOption = Annotated[
+    str,
+    option("--pattern", metavar="N:M:V", help="1:2:32 and the like: 75 % zeros; 3:4:32: 62.5; 2:4: 50."),
+]
+MethodOption = Annotated[
+    SparsifyMethod, option("--method", help="How weights are chosen, and the others corrected.")
+]
+ValuesOption = Annotated[
+    str | None,
+    option("--values", metavar="TYPE", help="bf16, fp16, int8, int4, int4g64. (Default: as stored.)"),
+]
+DataOption = Annotated[
+    Path | None, option("--data", metavar="FILE", help="Text to calibrate on, of the kind you will use.")
+]
+HeldOutOption = Annotated[
+    Path | None,
+    option("--held-out", metavar="FILE", help="Text to judge by. (Default: the last tenth of --data.)"),
+]
+TokensOption = Annotated[int, option("--tokens", help="Calibration tokens at most.", min=2)]
+WindowOption = Annotated[int, option("--window", help="Tokens of one piece of text.", min=2)]
+MinTokensOption = Annotated[
+    int, option("--min-tokens", help="Experts with fewer are calibrated on the layer's tokens.", min=1)
+]
+DampingOption = Annotated[
+    float,
+    option("--damping", help="The larger, the more cautious corrections are; 0.1 for little text."),
+]
+PermuteOption = Annotated[
+    bool, option("--permute", help="Order the intermediate channels so that more is kept.")
+]
+ReconstructOption = Annotated[
+    int,
+    option(
+        "--reconstruct",
+        metavar="SWEEPS",
+        help="Fit the pruned layers to the original's outputs; 2 is a good number.",
+        min=0,
+    ),
+]
+DistillTokensOption = Annotated[
+    int,
+    option(
+        "--distill-tokens",
+        metavar="N",
+        help="Let what is kept learn from the original on so many tokens; needs memory for all experts.",
+        min=0,
+    ),
+]
+NoMeasureOption = Annotated[bool, option("--no-measure", help="Do not measure perplexity before and after.")]
+
+
 def sparsify(
     out: Output,
     model: ModelArgument,
-    output: Annotated[
-        Path | None,
-        option("--output", "-o", metavar="DIR", help="Folder to write, packed: this program runs it."),
-    ] = None,
-    dense: Annotated[
-        Path | None,
-        option(
-            "--dense", metavar="DIR", help="Folder to write with the zeros stored: transformers loads it."
-        ),
-    ] = None,
-    pattern: Annotated[
-        str,
-        option("--pattern", metavar="N:M:V", help="1:2:32 and the like: 75 % zeros; 3:4:32: 62.5; 2:4: 50."),
-    ] = "2:4",
-    method: Annotated[
-        SparsifyMethod, option("--method", help="How weights are chosen, and the others corrected.")
-    ] = "sparsegpt",
-    values: Annotated[
-        str | None,
-        option("--values", metavar="TYPE", help="bf16, fp16, int8, int4, int4g64. (Default: as stored.)"),
-    ] = None,
-    data: Annotated[
-        Path | None, option("--data", metavar="FILE", help="Text to calibrate on, of the kind you will use.")
-    ] = None,
-    held_out: Annotated[
-        Path | None,
-        option("--held-out", metavar="FILE", help="Text to judge by. (Default: the last tenth of --data.)"),
-    ] = None,
-    tokens: Annotated[int, option("--tokens", help="Calibration tokens at most.", min=2)] = 32768,
-    window: Annotated[int, option("--window", help="Tokens of one piece of text.", min=2)] = 512,
-    min_tokens: Annotated[
-        int, option("--min-tokens", help="Experts with fewer are calibrated on the layer's tokens.", min=1)
-    ] = 128,
-    damping: Annotated[
-        float,
-        option("--damping", help="The larger, the more cautious corrections are; 0.1 for little text."),
-    ] = 0.01,
-    permute: Annotated[
-        bool, option("--permute", help="Order the intermediate channels so that more is kept.")
-    ] = False,
-    reconstruct: Annotated[
-        int,
-        option(
-            "--reconstruct",
-            metavar="SWEEPS",
-            help="Fit the pruned layers to the original's outputs; 2 is a good number.",
-            min=0,
-        ),
-    ] = 0,
-    distill_tokens: Annotated[
-        int,
-        option(
-            "--distill-tokens",
-            metavar="N",
-            help="Let what is kept learn from the original on so many tokens; needs memory for all experts.",
-            min=0,
-        ),
-    ] = 0,
-    no_measure: Annotated[
-        bool, option("--no-measure", help="Do not measure perplexity before and after.")
-    ] = False,
+    output: OutputOption = None,
+    dense: DenseOption = None,
+    pattern: PatternOption = "2:4",
+    method: MethodOption = "sparsegpt",
+    values: ValuesOption = None,
+    data: DataOption = None,
+    held_out: HeldOutOption = None,
+    tokens: TokensOption = 32768,
+    window: WindowOption = 512,
+    min_tokens: MinTokensOption = 128,
+    damping: DampingOption = 0.01,
+    permute: PermuteOption = False,
+    reconstruct: ReconstructOption = 0,
+    distill_tokens: DistillTokensOption = 0,
+    no_measure: NoMeasureOption = False,
     revision: Annotated[
         str | None, option("--revision", help="Branch, tag or commit of a hub model.")
     ] = None,
