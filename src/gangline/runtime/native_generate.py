@@ -10,7 +10,8 @@ Shape suffixes: B sequences, P prompt tokens, V vocabulary.
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +137,17 @@ class _Answer:
         return self.ids_BP
 
 
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Let torch compute alone meanwhile: its threads would wait for cores where native ones still spin."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _decode(
     decode: NativeDecode,
     before_step: BeforeStep,
@@ -174,11 +186,9 @@ def _decode(
             if model_kwargs.get("attention_mask") is None:
                 model_kwargs["attention_mask"] = torch.ones_like(answer.tokens())
             return theirs(answer.tokens(), **model_kwargs)
-        try:
+        with closing(session), _one_torch_thread():
             while not answer.is_complete:
                 tokens = answer.choose(session.step(tokens))
-        finally:
-            session.close()
     if streamer is not None:
         streamer.end()
     return answer.tokens()
