@@ -208,7 +208,7 @@ def test_streams_of_two_threads_do_not_mix(model: Any) -> None:
 
 def test_past_the_planned_context_is_refused(seed: int, tmp_path: Path) -> None:
     path = save_tiny("olmoe", tmp_path, seed=seed)
-    loaded = gangline.load(path, memory="2GiB", ctx_size=32)
+    loaded = gangline.load(path, memory="8GiB", ctx_size=32)
     assert loaded.gangline.plan.everything_resident
     assert answer(loaded, prompt(), max_new_tokens=20).shape == (1, 29)
     with pytest.raises(ContextError, match="ctx_size"):
