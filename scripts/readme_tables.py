@@ -20,6 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 # Files whose rows README shows, and which of their rows: losses as well as wins.
 HEADLINES = {
     "native_vs_peers": r"decode|prefill|first token",
+    "half_memory_vs_peers": r"decode|prefill",
     "offload_vs_peers": r"decode|prefill 512|whole life",
     "exactness": r"^(demo|tiny mixtral|tiny olmoe|tiny qwen3_moe|tiny gpt_oss|tiny deepseek_v3),",
     "plan_vs_reality": r"",
