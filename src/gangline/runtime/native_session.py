@@ -1,8 +1,8 @@
 """Native steps one after another, with everything that stays the same between them kept.
 
 A step through ``model.forward`` looks at its arguments, its cache and its mask anew for every token. The
-weights that a token reads have meanwhile pushed all of that out of the processor's caches, so what takes a
-tenth of a millisecond alone takes most of one between two tokens. A session looks once.
+weights that a token reads have meanwhile pushed all of that out of the processor's caches, so it takes many
+times longer than it would by itself. A session looks once.
 
 Shape suffixes: B sequences, V vocabulary.
 """
