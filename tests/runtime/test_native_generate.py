@@ -136,6 +136,7 @@ def test_counts_what_transformers_loop_counts(model: Any) -> None:
 
 def test_cache_grows_within_a_session(model: Any, sessions: list[int]) -> None:
     inputs = prompt()
+    model.config.max_position_embeddings = 1024
     ours = answer(model, inputs, max_new_tokens=600)
     assert sessions == [599]
     assert torch.equal(ours, answer(model, inputs, theirs=True, max_new_tokens=600))
@@ -165,6 +166,14 @@ def test_what_the_loop_does_not_serve_goes_to_transformers(model: Any, sessions:
     assert answer(model, inputs, num_beams=2).shape == plain.shape
     assert torch.equal(answer(model, inputs, use_cache=False, max_new_tokens=1), plain[:, :10])
     assert sessions == [19]
+
+
+def test_past_the_models_positions_transformers_loop_warns(model: Any, sessions: list[int]) -> None:
+    inputs, positions = prompt(), int(model.config.max_position_embeddings)
+    answer(model, inputs, max_new_tokens=positions - 9)
+    assert sessions == [positions - 10]
+    assert answer(model, inputs, max_new_tokens=positions).shape == (1, 9 + positions)
+    assert sessions == [positions - 10]
 
 
 def test_hooked_layers_are_called(model: Any, sessions: list[int]) -> None:

@@ -76,6 +76,8 @@ class _Ends:
         length, tokens = None, frozenset[int]()
         for one in criteria:
             if type(one) is MaxLengthCriteria:
+                if one.max_length > (one.max_position_embeddings or one.max_length):
+                    return None  # their loop warns where the model's positions end
                 length = min(one.max_length, length or one.max_length)
             elif type(one) is EosTokenCriteria:
                 tokens |= frozenset(one.eos_token_id.flatten().tolist())
