@@ -172,21 +172,7 @@ def half_memory(args: argparse.Namespace) -> list[Row]:
     folder = checkpoint(args.olmoe, args)
     gguf = gguf_of(folder, "q4_0", args)
     memory = args.memory or gguf.stat().st_size // 2
-    settings = argparse.Namespace(
-        model=folder,
-        gguf=gguf,
-        memory=memory,
-        limit=memory,
-        precision="int4",
-        offload_cpu="",
-        offload_folder="",
-        prompts=[DECODE_PROMPT],
-        decode=args.new_tokens,
-        seed=args.seed,
-        threads=args.threads,
-        read_ahead=args.read_ahead,
-        timeout=1800,
-    )
+    settings = offload_vs_peers.settings_in(memory, folder, gguf, DECODE_PROMPT, args)
     runs: dict[str, list[offload_vs_peers.Run]] = {"ours": [], "llamacpp": []}
     for number in range(args.rounds):
         say(f"round {number + 1} of {args.rounds}")

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gangline.benchmarks.confine import Confined, drop_page_cache, read_ahead, run_confined
 from gangline.benchmarks.result import Row, compare, running_command, write_result
@@ -50,6 +51,17 @@ class Run:
         return statistics.fmean(step["bytes"] for step in self.decode)
 
     @property
+    def decode_stats(self) -> dict[str, float]:
+        """What the side itself counted while decoding behind the last prompt."""
+        report = self.seen.report or {}
+        before = report.get("stats_before_decode") or {}
+        return {
+            name: value - before[name]
+            for name, value in (report.get("stats") or {}).items()
+            if isinstance(before.get(name), int | float)
+        }
+
+    @property
     def decode_rate(self) -> float:
         """Bytes/s from the disk while decoding."""
         return self.decode_bytes * self.decode_speed
@@ -63,9 +75,30 @@ class Run:
         return self.prefill[length]["bytes"] / self.prefill[length]["seconds"]
 
 
-def run_side(side: str, args: argparse.Namespace) -> Run | None:
-    """Run one side once, say how it went, and return None if it ended without a result."""
-    job = {
+def settings_in(
+    memory: int, model: Path, gguf: Path, prompt: int, args: argparse.Namespace
+) -> argparse.Namespace:
+    """Return what :func:`run_side` needs to run ours in int4, or llama.cpp on ``gguf``, within ``memory``."""
+    return argparse.Namespace(
+        model=model,
+        gguf=gguf,
+        memory=memory,
+        limit=memory,
+        precision="int4",
+        offload_cpu="",
+        offload_folder="",
+        prompts=[prompt],
+        decode=args.new_tokens,
+        seed=args.seed,
+        threads=args.threads,
+        read_ahead=args.read_ahead,
+        timeout=1800,
+    )
+
+
+def job_of(side: str, args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """Return what ``sides.py`` is told of one side; ``more`` goes along."""
+    return {
         "side": side,
         "model": str(args.model),
         "gguf": str(args.gguf),
@@ -79,8 +112,21 @@ def run_side(side: str, args: argparse.Namespace) -> Run | None:
         "vocab": json.loads((args.model / "config.json").read_text())["vocab_size"],
         "threads": args.threads,
         "precision": args.precision,
+        **more,
     }
-    command = [sys.executable, str(Path(__file__).with_name("sides.py")), json.dumps(job)]
+
+
+def side_command(job: dict[str, Any]) -> list[str]:
+    """Return the command that does a job."""
+    return [sys.executable, str(Path(__file__).with_name("sides.py")), json.dumps(job)]
+
+
+def run_side(side: str, args: argparse.Namespace, **more: Any) -> Run | None:
+    """Run one side once, say how it went, and return None if it ended without a result.
+
+    ``more`` goes into its job: for ours ``policy``, and ``replay``, a file of expert ids.
+    """
+    command = side_command(job_of(side, args, **more))
     env = {"OMP_NUM_THREADS": str(args.threads)}
     files = sorted(args.model.glob("*.safetensors"))
     drop_page_cache()
@@ -95,7 +141,7 @@ def run_side(side: str, args: argparse.Namespace) -> Run | None:
         return None
     report = seen.report
     run = Run(seen, disk, report["load_seconds"], report["prefill"], report["decode"])
-    print(describe(side, run), flush=True)
+    print(describe(f"{side} {more.get('policy') or ''}".strip(), run), flush=True)
     if report["stats"]:
         print(f"  {report['stats']}", flush=True)
     return run

@@ -6,6 +6,8 @@ Called by the benchmark scripts as ``python benchmarks/sides.py JOB``; by hand i
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -95,6 +97,7 @@ def open_engine(job: dict[str, Any]) -> Engine:
             memory=job["memory"],
             ctx_size=job["context"],
             precision=job.get("precision", "stored"),
+            policy=job.get("policy"),
         )
         return TransformersEngine(model)
     from transformers import AutoModelForCausalLM
@@ -122,15 +125,37 @@ def work(job: dict[str, Any]) -> None:
     start = time.perf_counter()
     engine = open_engine(job)
     report: dict[str, Any] = {"load_seconds": time.perf_counter() - start, "prefill": {}, "decode": []}
+    with routed_as_asked(engine, job):
+        run_prompts(engine, job, rng, report)
+
+
+def run_prompts(
+    engine: Engine, job: dict[str, Any], rng: np.random.Generator, report: dict[str, Any]
+) -> None:
+    """Feed every prompt and what follows it; the report counts both."""
     for length in job["prompts"]:
         prompt = rng.integers(job["vocab"], size=length).tolist()
         following = rng.integers(job["vocab"], size=job["decode"]).tolist()
         engine.reset()
         report["prefill"][length] = timed_feed(engine, prompt)
+        report["stats_before_decode"] = engine.stats()
         for token in following:
             report["decode"].append(timed_feed(engine, [token]))
         report["stats"] = engine.stats()
         leave_report(report)
+
+
+@contextmanager
+def routed_as_asked(engine: Engine, job: dict[str, Any]) -> Iterator[None]:
+    """Replay the expert ids of the file ``replay`` in our engine, if the job names one."""
+    if not job.get("replay"):
+        yield
+        return
+    from gangline.benchmarks.replay import RoutingTrace, prescribe
+
+    assert isinstance(engine, TransformersEngine)
+    with prescribe(engine.model.gangline, RoutingTrace(np.load(job["replay"]), "a file")):
+        yield
 
 
 def plan(job: dict[str, Any]) -> None:
@@ -138,14 +163,31 @@ def plan(job: dict[str, Any]) -> None:
     import gangline
 
     found = gangline.plan(
-        job["model"], memory=job["memory"], ctx_size=job["context"], precision=job.get("precision", "stored")
+        job["model"],
+        memory=job["memory"],
+        ctx_size=job["context"],
+        precision=job.get("precision", "stored"),
+        expert_slots=job.get("expert_slots"),
+    )
+    leave_report(found.to_dict())
+
+
+def tune(job: dict[str, Any]) -> None:
+    """Leave what ``gangline tune`` finds as a report, and keep nothing of it."""
+    from gangline.evaluation.tuning import TuneSettings, tune_model
+
+    lengths = {"prompt_tokens": job["prompts"][0], "new_tokens": job["decode"]}
+    found = tune_model(
+        job["model"],
+        TuneSettings(**lengths, pieces=2, rounds=job["rounds"], store=False),
+        memory=job["memory"],
+        ctx_size=job["context"],
+        precision=job["precision"],
+        threads=job["threads"],
     )
     leave_report(found.to_dict())
 
 
 if __name__ == "__main__":
     described = json.loads(sys.argv[1])
-    if described["side"] == "plan":
-        plan(described)
-    else:
-        work(described)
+    {"plan": plan, "tune": tune}.get(described["side"], work)(described)

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 import gangline
 from gangline.benchmarks.random_checkpoint import meta_model
 from gangline.benchmarks.recording import record
-from gangline.benchmarks.replay import RoutingTrace, load_trace, replay, synthetic_trace
+from gangline.benchmarks.replay import (
+    RoutingTrace,
+    load_trace,
+    prescribe,
+    replay,
+    spread_trace,
+    synthetic_trace,
+)
 from gangline.benchmarks.shapes import make_shape, shape_config
 from gangline.core.errors import UsageError
 from gangline.core.geometry import LayerGeometry, MoEGeometry
@@ -198,3 +205,39 @@ def test_a_cache_sees_the_locality_of_the_trace(tmp_path, monkeypatch):
     local = hit_rate(synthetic_trace(layers, 150, zipf=1, repeat=0.5))
     assert uniform < 0.6
     assert local > uniform + 0.2
+
+
+def test_a_spread_trace_keeps_which_tokens_share_experts():
+    small = synthetic_trace(geometry(8, 2, 5), 40, seed=int(torch.randint(1000, ())))
+    wide = spread_trace(small, geometry(32, 8, 3))
+    assert wide.ids_NLK.shape == (40, 3, 8) and wide.ids_NLK.max() < 32
+    for layer, of in enumerate((0, 1, 3)):
+        for before, after in zip(small.ids_NLK[:, of], wide.ids_NLK[:, layer], strict=True):
+            assert sorted(after) == sorted(4 * e + i for e in before for i in range(4))
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(32, 7), (28, 8)])
+def test_a_trace_that_does_not_come_out_even_is_refused(experts, top_k):
+    ids_NLK = np.array([[[0, 7]], [[1, 2]]], dtype=np.int32)
+    with pytest.raises(UsageError, match="cannot stand for"):
+        spread_trace(RoutingTrace(ids_NLK, "a test"), geometry(experts, top_k, 2))
+
+
+def test_a_loaded_model_computes_and_reads_what_is_prescribed(tmp_path):
+    model = gangline.load(make_shape("tiny-olmoe", tmp_path / "m"), expert_slots=64, progress=False)
+    trace = synthetic_trace(model.gangline.geometry, 9, seed=int(torch.randint(1000, ())))
+    seen = []
+    with model.gangline, torch.no_grad():
+        with model.gangline.observed(lambda layer, x, ids, w: seen.append((layer, ids.clone()))):
+            with prescribe(model.gangline, trace):
+                assert model.gangline.stats().approximate == "its experts are those of a trace"
+                model.generate(torch.randint(512, (1, 5)), max_new_tokens=4, do_sample=False)
+            assert not model.gangline.rerouted
+        with (
+            pytest.raises(UsageError, match="layers"),
+            prescribe(model.gangline, synthetic_trace(geometry(), 2)),
+        ):
+            pass
+    for layer in range(4):
+        got = torch.cat([ids for number, ids in seen if number == layer]).numpy()
+        np.testing.assert_array_equal(got, trace.ids_NLK[:8, layer])

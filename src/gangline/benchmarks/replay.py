@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from gangline.core.errors import UsageError
 from gangline.core.geometry import MoEGeometry
 from gangline.models.adapters import ADAPTERS
+from gangline.runtime.runtime import Runtime
 from gangline.traces import open_trace
 
 
@@ -108,6 +109,34 @@ def _draw_layer(
     return ids_NK
 
 
+def spread_trace(trace: RoutingTrace, geometry: MoEGeometry) -> RoutingTrace:
+    """Stretch a trace over a model of another shape, with the locality that it has.
+
+    Layer ``n`` of the model follows the layer at the same relative depth of the trace. Every expert of the
+    trace stands for a group of the model's, always the same and of neighbouring ids, all of which a token
+    uses that uses the one.
+
+    Args:
+        trace: of experts numbered from 0; how many there are is taken from the model's own ``top_k``.
+        geometry: of the model; its ``top_k`` is a multiple of the trace's in every layer.
+
+    Raises:
+        UsageError: the groups do not come out even, or the trace has more experts than there are groups.
+    """
+    layers, rows = len(geometry.layers), []
+    for number, layer in enumerate(geometry.layers):
+        ids_NK = trace.ids_NLK[:, number * trace.ids_NLK.shape[1] // layers]
+        size, rest = divmod(layer.top_k, ids_NK.shape[1])
+        if rest or (int(ids_NK.max()) + 1) * size > layer.experts:
+            raise UsageError(
+                f"a trace of {ids_NK.shape[1]} experts per token, the highest of them {int(ids_NK.max())}, "
+                f"cannot stand for {layer.top_k} of {layer.experts}; record a model whose experts divide them"
+            )
+        groups_NKG = ids_NK[:, :, None] * size + np.arange(size, dtype=np.int32)
+        rows.append(groups_NKG.reshape(len(ids_NK), -1).astype(np.int32))
+    return RoutingTrace(np.stack(rows, axis=1), f"{trace.about}, its experts standing for groups")
+
+
 def moe_layers(model: nn.Module) -> list[tuple[str, nn.Module, int]]:
     """Return name, experts module and number of experts of every MoE layer, in order."""
     return [
@@ -134,10 +163,7 @@ def replay(model: nn.Module, trace: RoutingTrace) -> Iterator[None]:
     """
     layers = moe_layers(model)
     if len(layers) != trace.ids_NLK.shape[1]:
-        raise UsageError(
-            f"the trace has {trace.ids_NLK.shape[1]} MoE layers, the model {len(layers)}; "
-            "use a trace of this model"
-        )
+        raise _other_layers(trace, len(layers))
     hooks = [
         module.register_forward_pre_hook(_Follower(name, experts, trace, layer))
         for layer, (name, module, experts) in enumerate(layers)
@@ -147,6 +173,40 @@ def replay(model: nn.Module, trace: RoutingTrace) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def prescribe(runtime: Runtime, trace: RoutingTrace) -> Iterator[None]:
+    """Do as :func:`replay` where the engine asks what to compute, so that no module is hooked.
+
+    Args:
+        runtime: of a model from ``load`` or ``attach``.
+        trace: as for :func:`replay`.
+
+    Raises:
+        UsageError: the trace does not fit the model, or its routing is taken over already.
+    """
+    blocks = runtime.view.blocks
+    if len(blocks) != trace.ids_NLK.shape[1]:
+        raise _other_layers(trace, len(blocks))
+    followers = [
+        _Follower(f"layer {block.layer}", layer.experts, trace, block.layer)
+        for block, layer in zip(blocks, runtime.geometry.layers, strict=True)
+    ]
+    end = runtime.reroute(
+        lambda layer, ids_TK, weights_TK: followers[layer].follow(ids_TK, weights_TK),
+        "its experts are those of a trace",
+    )
+    try:
+        yield
+    finally:
+        end()
+
+
+def _other_layers(trace: RoutingTrace, layers: int) -> UsageError:
+    return UsageError(
+        f"the trace has {trace.ids_NLK.shape[1]} MoE layers, the model {layers}; use a trace of this model"
+    )
 
 
 class _Follower:
@@ -172,6 +232,10 @@ class _Follower:
                 "be replayed through it; use one of the other shapes"
             )
         x_TD, ids_TK, weights_TK, *rest = args
+        return (x_TD, *self.follow(ids_TK, weights_TK), *rest)
+
+    def follow(self, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ids and weights of the next rows of the trace, in the form of the router's own."""
         if ids_TK.shape[1] != self.ids_NK.shape[1]:
             raise UsageError(
                 f"{self.name} uses {ids_TK.shape[1]} experts per token, the trace {self.ids_NK.shape[1]}; "
@@ -181,7 +245,7 @@ class _Follower:
         self.next = int(rows_T[-1]) + 1
         if self.weights_NK is not None:
             weights_TK = self.weights_NK[rows_T].to(weights_TK)
-        return (x_TD, self.ids_NK[rows_T].to(ids_TK), weights_TK, *rest)
+        return self.ids_NK[rows_T].to(ids_TK), weights_TK
 
 
 def is_choice(ids: Any) -> bool:
