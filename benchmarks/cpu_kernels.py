@@ -29,13 +29,13 @@ from gangline.runtime.best_bandwidth import best_ram
 
 SIZE = 2048
 CODECS = (
-    "tile16:int4g32",
+    "tile16:int4g32d",
     "tile16:int4g64",
     "tile16:int4g128z",
     "tile16:int8g32",
-    "tile16:int8g128",
-    "tile16:int3g64",
-    "tile16:int2g64",
+    "tile16:int8g64d",
+    "tile16:int3g32d",
+    "tile16:int2g32d",
     "tile16:mxfp4",
 )
 PEER = "torch bf16 linear"

@@ -56,7 +56,7 @@ SHAPES = (
     LayerShape("OLMoE-1B-7B", 64, 8, 2048, 1024),
     LayerShape("Qwen3-30B-A3B", 128, 8, 2048, 768),
 )
-CODECS = ("tile16:int4g32", "tile16:int8g32", "bf16", "ggml:Q4_0", "ggml:Q8_0")
+CODECS = ("tile16:int4g32d", "tile16:int8g64d", "bf16", "ggml:Q4_0", "ggml:Q8_0")
 WORK = {"decode, 1 token": 1, "decode, 8 tokens": 8, "prefill, 512 tokens": 512}
 # A decode step is short: this many, each with experts of its own, make one reading.
 STEPS = {1: 20, 8: 4, 512: 1}
@@ -183,8 +183,8 @@ def bf16_stack(w: Tensor, experts: int) -> Tensor:
 
 
 PEERS: dict[str, dict[str, Callable[[LayerShape], Layer]]] = {
-    "tile16:int4g32": {"torch int4pack, g32": int4pack_layer},
-    "tile16:int8g32": {"torch int8pack, one scale a row": int8pack_layer},
+    "tile16:int4g32d": {"torch int4pack, g32": int4pack_layer},
+    "tile16:int8g64d": {"torch int8pack, one scale a row": int8pack_layer},
     "bf16": {"torch linear, bf16": linear_layer, "torch grouped_mm, bf16": grouped_layer},
 }
 

@@ -20,6 +20,7 @@ struct Codec {
     Format format;
     int group = 32;
     bool has_zeros = false;
+    bool byte_scales = false;
     int unit = 1;  // columns come in multiples of it
     SparsePattern sparse = {};
 };
@@ -30,11 +31,11 @@ void add_sparse(std::map<std::string, Codec>& known) {
         const SparsePattern pattern{n, m, v};
         const std::string name =
             "samoyeds16:" + std::to_string(n) + ":" + std::to_string(m) + ":" + std::to_string(v) + "/";
-        known[name + "bf16"] = {Format::sparse_bf16, 0, false, 1, pattern};
-        known[name + "fp16"] = {Format::sparse_f16, 0, false, 1, pattern};
+        known[name + "bf16"] = {Format::sparse_bf16, 0, false, false, 1, pattern};
+        known[name + "fp16"] = {Format::sparse_f16, 0, false, false, 1, pattern};
         for (const int group : {32, 64, 128}) {
-            known[name + "int8g" + std::to_string(group)] = {Format::sparse_int8, group, false, 1, pattern};
-            known[name + "int4g" + std::to_string(group)] = {Format::sparse_int4, group, false, 1, pattern};
+            known[name + "int8g" + std::to_string(group)] = {Format::sparse_int8, group, false, false, 1, pattern};
+            known[name + "int4g" + std::to_string(group)] = {Format::sparse_int4, group, false, false, 1, pattern};
         }
     };
     for (const int v : {16, 32, 64, 128, 256}) {
@@ -50,11 +51,11 @@ std::map<std::string, Codec> known_codecs() {
         {"fp32", {Format::f32}},
         {"fp16", {Format::f16}},
         {"bf16", {Format::bf16}},
-        {"ggml:Q4_0", {Format::q4_0, 32, false, 32}},
-        {"ggml:Q8_0", {Format::q8_0, 32, false, 32}},
-        {"ggml:Q4_K", {Format::q4_k, 32, false, 256}},
-        {"ggml:Q5_K", {Format::q5_k, 32, false, 256}},
-        {"ggml:Q6_K", {Format::q6_k, 16, false, 256}},
+        {"ggml:Q4_0", {Format::q4_0, 32, false, false, 32}},
+        {"ggml:Q8_0", {Format::q8_0, 32, false, false, 32}},
+        {"ggml:Q4_K", {Format::q4_k, 32, false, false, 256}},
+        {"ggml:Q5_K", {Format::q5_k, 32, false, false, 256}},
+        {"ggml:Q6_K", {Format::q6_k, 16, false, false, 256}},
         {"tile16:mxfp4", {Format::tile_mxfp4}},
     };
     for (const Format format :
@@ -63,6 +64,7 @@ std::map<std::string, Codec> known_codecs() {
             const std::string name = "tile16:int" + std::to_string(code_bits(format)) + "g" + std::to_string(group);
             known[name] = {format, group, false};
             known[name + "z"] = {format, group, true};
+            known[name + "d"] = {format, group, false, true};
         }
     }
     add_sparse(known);
@@ -78,7 +80,7 @@ Matrix make_matrix(std::uintptr_t data, int rows, int cols, const std::string& c
         throw std::invalid_argument("a " + codec + " matrix cannot have " + std::to_string(rows) + " rows and " +
                                     std::to_string(cols) + " columns");
     }
-    return {reinterpret_cast<const std::uint8_t*>(data), rows, cols, c.format, c.group, c.has_zeros, c.sparse};
+    return {reinterpret_cast<const std::uint8_t*>(data), rows, cols, c.format, c.group, c.has_zeros, c.byte_scales, c.sparse};
 }
 
 std::vector<std::string> native_formats() {

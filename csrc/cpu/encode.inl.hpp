@@ -374,14 +374,80 @@ inline bool encode_group(const EncodeJob& job, Columns& w, int rows, std::uint8_
     return true;
 }
 
+// The scales that the search finds for every group of a row block, with their signs.
+struct BlockScales {
+    Lanes* of_group;
+
+    explicit BlockScales(int groups) : of_group(new Lanes[static_cast<std::size_t>(groups)]) {}
+    BlockScales(const BlockScales&) = delete;
+    BlockScales& operator=(const BlockScales&) = delete;
+    ~BlockScales() { delete[] of_group; }
+};
+
+constexpr float largest_byte_scale = 127.0F;
+
+// Rounds the magnitude of one group's scales to bytes in units of the rows' scales, and turns the weights as the search did.
+inline void round_scales(const Lanes& signed_scale, const Lanes& of_row, Columns& w, GroupScales& found, Lanes& bytes) {
+    for (int l = 0; l < lanes; ++l) {
+        found.sign.v[l] = signed_scale.v[l] < 0.0F ? -1.0F : 1.0F;
+        const float count = (std::fabs(signed_scale.v[l]) / of_row.v[l] + rounder) - rounder;
+        const float byte = smaller(larger(count, 1.0F), largest_byte_scale);
+        found.scale.v[l] = byte * of_row.v[l];
+        bytes.v[l] = byte * found.sign.v[l];
+    }
+    for (int c = 0; c < w.count; ++c) {
+        for (int l = 0; l < lanes; ++l) w.at[c].v[l] *= found.sign.v[l];
+    }
+}
+
+// One row block whose scales are bytes under a scale of each row, the largest of which is 127; see formats/tiled.py.
+inline bool encode_byte_scaled(const EncodeJob& job, const TileLayout& layout, int block, BlockScales& scales, std::uint8_t* out) {
+    const Matrix& m = job.tiles;
+    const int bits = code_bits(m.format), rows = smaller(lanes, m.rows - block * lanes);
+    Columns w;
+    w.count = m.group;
+    Words words;
+    Lanes of_row{};
+    for (int group = 0; group < layout.groups; ++group) {
+        GroupScales found;
+        load_group(job, block, group, w);
+        if (!find_scales(w, bits, false, job.steps, found)) return false;
+        for (int l = 0; l < lanes; ++l) {
+            of_row.v[l] = larger(of_row.v[l], found.scale.v[l]);
+            scales.of_group[group].v[l] = found.scale.v[l] * found.sign.v[l];
+        }
+    }
+    for (int l = 0; l < lanes; ++l) of_row.v[l] /= largest_byte_scale;
+    std::memset(out, 0, layout.row_scale_bytes);
+    std::memcpy(out, of_row.v, sizeof(float) * static_cast<std::size_t>(rows));
+    for (int group = 0; group < layout.groups; ++group) {
+        const GroupPlace at = GroupPlace::of(layout, group);
+        if (group % stripe_groups == 0) std::memset(out + at.scales, 0, at.codes - at.scales);
+        GroupScales found;
+        Lanes bytes;
+        load_group(job, block, group, w);
+        round_scales(scales.of_group[group], of_row, w, found, bytes);
+        for (int l = 0; l < lanes; ++l) found.zero.v[l] = static_cast<float>(1 << (bits - 1));
+        find_codes(w, found, static_cast<float>((1 << bits) - 1), words);
+        for (int l = 0; l < rows; ++l) out[at.scales + static_cast<std::size_t>(l)] = static_cast<std::uint8_t>(static_cast<std::int8_t>(bytes.v[l]));
+        store_codes(words, w.count, bits, out + at.codes);
+    }
+    return true;
+}
+
 bool encode_row_blocks(const EncodeJob& job, int begin, int end) {
     const Matrix& m = job.tiles;
     const TileLayout layout = TileLayout::of(m);
     Columns w;
     w.count = m.group;
     Words words;
+    BlockScales scales(m.byte_scales ? layout.groups : 0);
     for (int block = begin; block < end; ++block) {
         std::uint8_t* out = const_cast<std::uint8_t*>(m.data) + static_cast<std::size_t>(block) * layout.block_bytes;
+        if (m.byte_scales) {
+            if (!encode_byte_scaled(job, layout, block, scales, out)) return false;
+            continue;
+        }
         for (int group = 0; group < layout.groups; ++group) {
             const GroupPlace at = GroupPlace::of(layout, group);
             if (group % stripe_groups == 0) std::memset(out + at.scales, 0, at.codes - at.scales);

@@ -27,7 +27,7 @@ int group_of(const Matrix& w) { return needs_int8_activations(w.format) ? activa
 
 bool same_kind(const Matrix& a, const Matrix& b) {
     return a.rows == b.rows && a.cols == b.cols && a.format == b.format && a.group == b.group &&
-           a.has_zeros == b.has_zeros;
+           a.has_zeros == b.has_zeros && a.byte_scales == b.byte_scales;
 }
 
 void check_shape(const Matrix& w, int rows, int cols, const char* name) {

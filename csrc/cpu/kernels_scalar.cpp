@@ -48,10 +48,11 @@ int code_value(int code) {
 }
 
 template <Format F>
-float scale_at(const std::uint8_t* scales, int row) {
+float scale_at(const Matrix& w, const std::uint8_t* scales, int row) {
     if constexpr (F == Format::tile_mxfp4) {
         return scale_of_exponent(scales[row]);
     } else {
+        if (w.byte_scales) return static_cast<float>(static_cast<std::int8_t>(scales[row]));
         std::uint16_t half;
         std::memcpy(&half, scales + 2 * row, sizeof(half));
         return scale_of_half(half);
@@ -75,6 +76,14 @@ void unpack_group(const std::uint8_t* codes, int group, std::int16_t* values) {
     }
 }
 
+void multiply_by_row_scales(const std::uint8_t* block, int rows, int tokens, float* y, std::ptrdiff_t y_stride) {
+    float scales[tile_rows];
+    std::memcpy(scales, block, sizeof scales);
+    for (int t = 0; t < tokens; ++t) {
+        for (int r = 0; r < rows; ++r) y[t * y_stride + r] *= scales[r];
+    }
+}
+
 template <Format F>
 void matmul_tiles(const Matrix& w, int row_begin, int row_end, const Activations& x, float* y, std::ptrdiff_t y_stride) {
     constexpr int largest_group = 128;
@@ -95,11 +104,12 @@ void matmul_tiles(const Matrix& w, int row_begin, int row_end, const Activations
                         dot += values[c / 4 * quad_bytes + 4 * r + c % 4] * q[c];
                     }
                     float& out = y[t * y_stride + row + r];
-                    const float scaled = scale_at<F>(block + at_group.scales, r) * static_cast<float>(dot);
+                    const float scaled = scale_at<F>(w, block + at_group.scales, r) * static_cast<float>(dot);
                     out = std::fma(scaled, x.scale[at], g == 0 ? 0.0F : out);
                 }
             }
         }
+        if (w.byte_scales) multiply_by_row_scales(block, rows, x.tokens, y + row, y_stride);
     }
 }
 

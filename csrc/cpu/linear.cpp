@@ -28,7 +28,8 @@ void check_products(const ProductsCall& call) {
     for (int i = 0; i < call.count; ++i) {
         const Matrix& w = *call.matrices[i];
         const Matrix& one = *call.matrices[0];
-        if (w.cols != call.x.cols || w.rows != one.rows || w.format != one.format || w.group != one.group) {
+        if (w.cols != call.x.cols || w.rows != one.rows || w.format != one.format || w.group != one.group ||
+            w.byte_scales != one.byte_scales) {
             throw std::invalid_argument("matrix " + std::to_string(i) + " does not fit rows of " +
                                         std::to_string(call.x.cols) + " values, or is unlike the first");
         }

@@ -28,6 +28,7 @@ struct Matrix {
     Format format = Format::f32;
     int group = 32;         // columns that share a scale (tiles); kept values of a row that do (sparse codes)
     bool has_zeros = false;  // asymmetric: a zero point beside each scale (integer tiles only)
+    bool byte_scales = false;  // scales are bytes under one of each row (integer tiles only)
     SparsePattern sparse;    // sparse_* only
 };
 

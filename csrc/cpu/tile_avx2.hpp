@@ -83,6 +83,11 @@ struct Avx2 {
     static Floats fused(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
     static void store(float* y, Floats a) { _mm256_storeu_ps(y, a); }
 
+    static Floats load_byte_scales(const std::uint8_t* scales, int at) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + at))));
+    }
+    static Floats load_floats(const std::uint8_t* p, int at) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p) + at); }
+
     template <Format F>
     static Floats load_scales(const std::uint8_t* scales, int at) {
         if constexpr (F == Format::tile_mxfp4) {

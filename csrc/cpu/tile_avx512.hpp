@@ -51,6 +51,11 @@ struct Avx512Base {
     static Floats fused(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
     static void store(float* y, Floats a) { _mm512_storeu_ps(y, a); }
 
+    static Floats load_byte_scales(const std::uint8_t* scales, int at) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + at))));
+    }
+    static Floats load_floats(const std::uint8_t* p, int at) { return _mm512_loadu_ps(reinterpret_cast<const float*>(p) + at); }
+
     template <Format F>
     static Floats load_scales(const std::uint8_t* scales, int at) {
         if constexpr (F == Format::tile_mxfp4) {

@@ -1,6 +1,7 @@
 // Where everything of a tiled matrix lies. Rows go in blocks of 16, their columns in stripes of four groups (the last may have
-// fewer), so that scales lie beside their codes and one stream of bytes feeds a kernel from end to end. One stripe holds
-//   scales     [groups][16] fp16 (mxfp4: E8M0 bytes), zero points [groups][16] bytes (asymmetric formats only), zeros up to
+// fewer), so that scales lie beside their codes and one stream of bytes feeds a kernel from end to end. With byte scales a row
+// block begins with the fp32 scales of its rows, by which theirs are multiplied. One stripe holds
+//   scales     [groups][16] fp16 (mxfp4: E8M0 bytes; byte scales: signed bytes), zero points [groups][16] bytes (asymmetric formats only), zeros up to
 //              a multiple of 64 bytes (of four groups there are none to add), then the codes of one group after another.
 // A quad is 4 neighbouring columns of the 16 rows, 64 positions: position 4 * row + j is column 4 * quad + j, so that a dot
 // product instruction over 4 bytes adds within one row. Codes are unsigned:
@@ -48,25 +49,27 @@ constexpr int stripe_groups = 4;
 
 struct TileLayout {
     int groups = 0;
+    std::size_t row_scale_bytes = 0;  // before the first stripe
     std::size_t entry_bytes = 0;   // one scale
     std::size_t zero_bytes = 0;    // one zero point: 1 or 0
     std::size_t group_bytes = 0;   // codes of one group
     std::size_t stripe_bytes = 0;  // a whole stripe
     std::size_t block_bytes = 0;   // a whole row block
 
-    static constexpr TileLayout of(Format format, int group, bool has_zeros, int cols) {
+    static constexpr TileLayout of(Format format, int group, bool has_zeros, int cols, bool byte_scales = false) {
         TileLayout t;
         t.groups = (cols + group - 1) / group;
-        t.entry_bytes = format == Format::tile_mxfp4 ? 1 : 2;
+        t.row_scale_bytes = byte_scales ? tile_rows * sizeof(float) : 0;
+        t.entry_bytes = format == Format::tile_mxfp4 || byte_scales ? 1 : 2;
         t.zero_bytes = has_zeros ? 1 : 0;
         t.group_bytes = static_cast<std::size_t>(group) * tile_rows * static_cast<std::size_t>(code_bits(format)) / 8;
         t.stripe_bytes = t.head_bytes(stripe_groups) + t.group_bytes * stripe_groups;
         const int rest = t.groups % stripe_groups;
-        t.block_bytes = t.stripe_bytes * static_cast<std::size_t>(t.groups / stripe_groups) + t.head_bytes(rest) +
-                        t.group_bytes * static_cast<std::size_t>(rest);
+        t.block_bytes = t.row_scale_bytes + t.stripe_bytes * static_cast<std::size_t>(t.groups / stripe_groups) +
+                        t.head_bytes(rest) + t.group_bytes * static_cast<std::size_t>(rest);
         return t;
     }
-    static constexpr TileLayout of(const Matrix& w) { return of(w.format, w.group, w.has_zeros, w.cols); }
+    static constexpr TileLayout of(const Matrix& w) { return of(w.format, w.group, w.has_zeros, w.cols, w.byte_scales); }
 
     // Of a stripe of so many groups: where its zero points and its codes begin.
     constexpr std::size_t zeros_begin(int count) const { return static_cast<std::size_t>(count * tile_rows) * entry_bytes; }
@@ -83,7 +86,7 @@ struct GroupPlace {
 
     static constexpr GroupPlace of(const TileLayout& t, int group) {
         const int inside = group % stripe_groups, count = t.groups_from(group - inside);
-        const std::size_t stripe = static_cast<std::size_t>(group / stripe_groups) * t.stripe_bytes;
+        const std::size_t stripe = t.row_scale_bytes + static_cast<std::size_t>(group / stripe_groups) * t.stripe_bytes;
         const std::size_t before = static_cast<std::size_t>(inside);
         return {stripe + before * tile_rows * t.entry_bytes, stripe + t.zeros_begin(count) + before * tile_rows,
                 stripe + t.head_bytes(count) + before * t.group_bytes};

@@ -68,6 +68,12 @@ struct Neon {
     static Floats fused(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
     static void store(float* y, Floats a) { vst1q_f32(y, a); }
 
+    static Floats load_byte_scales(const std::uint8_t* scales, int at) {
+        const uint32x4_t bytes = load_bytes(scales + at);
+        return vcvtq_f32_s32(vshrq_n_s32(vreinterpretq_s32_u32(vshlq_n_u32(bytes, 24)), 24));
+    }
+    static Floats load_floats(const std::uint8_t* p, int at) { return vld1q_f32(reinterpret_cast<const float*>(p) + at); }
+
     template <Format F>
     static Floats load_scales(const std::uint8_t* scales, int at) {
         if constexpr (F == Format::tile_mxfp4) {

@@ -145,6 +145,13 @@ GANGLINE_INLINE void start_group(const std::uint8_t* zeros, std::size_t block_by
     }
 }
 
+// The scales of one group; byte scales without those of their rows, so that their products with a dot product are exact.
+template <class S, Format F>
+GANGLINE_INLINE typename S::Floats load_factors(const Matrix& w, const std::uint8_t* scales, int at) {
+    if (F != Format::tile_mxfp4 && w.byte_scales) return S::load_byte_scales(scales, at);
+    return S::template load_scales<F>(scales, at);
+}
+
 template <class S, int V>
 GANGLINE_INLINE void store_rows(float* y, const typename S::Floats (&acc)[V], int rows) {
     constexpr int lanes = tile_rows / V;
@@ -172,7 +179,7 @@ GANGLINE_APART void multiply_block(const Matrix& w, const TileLayout& tile, cons
     const std::int8_t* q = x.q + std::ptrdiff_t{token} * x.padded;
     const float* scale = x.scale + token * groups;
     const std::int32_t* sum = x.sum + token * groups;
-    const std::uint8_t* stripe = block;
+    const std::uint8_t* stripe = block + tile.row_scale_bytes;
     for (int first = 0; first < tile.groups; first += stripe_groups, stripe += tile.stripe_bytes) {
         const int count = tile.groups_from(first);
         const std::uint8_t* scales = stripe;
@@ -186,8 +193,7 @@ GANGLINE_APART void multiply_block(const Matrix& w, const TileLayout& tile, cons
             dot_group<S, F, R, T>(codes, w.group, q + std::ptrdiff_t{g} * w.group, x.padded, dot);
             for (int r = 0; r < R; ++r) {
                 for (int v = 0; v < V; ++v) {
-                    const auto factor =
-                        S::template load_scales<F>(scales + static_cast<std::size_t>(r) * tile.block_bytes, v * lanes);
+                    const auto factor = load_factors<S, F>(w, scales + static_cast<std::size_t>(r) * tile.block_bytes, v * lanes);
                     for (int t = 0; t < T; ++t) {
                         const auto scaled = S::times(factor, S::to_floats(dot[t][r][v]));
                         acc[t][r][v] = S::fused(scaled, S::floats(scale[t * groups + g]), acc[t][r][v]);
@@ -198,6 +204,13 @@ GANGLINE_APART void multiply_block(const Matrix& w, const TileLayout& tile, cons
             zeros += tile_rows;
             group_codes += tile.group_bytes;
         }
+    }
+    if (w.byte_scales) {
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) {
+                const auto of_row = S::load_floats(block + static_cast<std::size_t>(r) * tile.block_bytes, v * lanes);
+                for (int t = 0; t < T; ++t) acc[t][r][v] = S::times(acc[t][r][v], of_row);
+            }
     }
     for (int t = 0; t < T; ++t)
         for (int r = 0; r < R; ++r)

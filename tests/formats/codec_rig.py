@@ -56,7 +56,10 @@ def random_raw(name: str, shape: tuple[int, int]) -> Tensor:
         parts = codec.layout.read(raw_RB, shape[1])
         scales = parts.scales_RGS
         mx = name == "tile16:mxfp4"
-        scales.copy_(torch.randint(100, 140, scales.shape) if mx else torch.randn(scales.shape) / 8)
+        if parts.row_scales_RS is not None:
+            parts.row_scales_RS.copy_(torch.randn(parts.row_scales_RS.shape) / 1000)
+        else:
+            scales.copy_(torch.randint(100, 140, scales.shape) if mx else torch.randn(scales.shape) / 8)
         if parts.zeros_RGS is not None:
             parts.zeros_RGS.bitwise_and_(2**codec.layout.width - 1)
         codec.layout.write(raw_RB, shape[1], parts)

@@ -15,12 +15,14 @@ shapes = st.tuples(st.integers(1, 40), st.integers(1, 140))
 seeds = st.integers(0, 2**32 - 1)
 
 
-def random_parts(name: str, shape: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+def random_parts(name: str, shape: tuple[int, int]) -> tuple[torch.Tensor | None, ...]:
     width, group, has_zeros = parse(name)
     groups = (shape[0], -(-shape[1] // group))
     codes = torch.randint(0, 2**width, shape, dtype=torch.uint8)
     if name == "tile16:mxfp4":
         return codes, torch.randint(100, 140, groups, dtype=torch.uint8)
+    if name.endswith("d"):
+        return codes, torch.randint(-127, 128, groups, dtype=torch.int8), None, torch.rand(shape[0])
     scales = torch.randn(groups).half()
     return (codes, scales, torch.randint(0, 2**width, groups, dtype=torch.uint8))[: 2 + has_zeros]
 
@@ -96,13 +98,20 @@ def test_codes_and_scales_survive(name: str, shape: tuple[int, int], seed: int) 
     assert raw.numel() == codec.nbytes(shape) and raw.numel() % 64 == 0
     codes, scales, zeros = read_tiles(name, raw, shape)
     assert np.array_equal(codes, parts[0].numpy())
-    assert np.array_equal(scales, parts[1].double().numpy())
+    if name.endswith("d"):
+        stored = parts[1].float() * parts[3][:, None]
+    else:
+        stored = parts[1]
+    assert np.array_equal(scales, stored.double().numpy())
     if len(parts) == 3:
         assert np.array_equal(zeros, parts[2].numpy())
     group = parse(name)[1]
     scales, zeros = (np.repeat(part, group, axis=1)[:, : shape[1]] for part in (scales, zeros))
     if name == "tile16:mxfp4":
         expected = E2M1[codes] * 2.0 ** (scales - 127)
+    elif name.endswith("d"):
+        bytes_OI = np.repeat(parts[1].numpy(), group, axis=1)[:, : shape[1]].astype(np.float32)
+        expected = bytes_OI * (codes - zeros) * parts[3].numpy()[:, None].astype(np.float64)
     else:
         expected = scales * (codes - zeros)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -124,7 +133,7 @@ def test_what_fills_up_a_matrix_adds_nothing(name: str, shape: tuple[int, int], 
         assert not scales[shape[0] :].any()
 
 
-@given(name=st.sampled_from([n for n in INTEGERS if not n.endswith("z")]), shape=shapes, seed=seeds)
+@given(name=st.sampled_from([n for n in INTEGERS if n[-1] not in "zd"]), shape=shapes, seed=seeds)
 def test_symmetric_tiles_are_the_grouped_codec_in_another_order(
     name: str, shape: tuple[int, int], seed: int
 ) -> None:
@@ -144,6 +153,18 @@ def test_zero_points_lower_the_error_of_weights_on_one_side(name: str, seed: int
     ]
     # With a negative scale two bits have two levels on that side without a zero point, and three with one.
     assert lost[0] < lost[1] * (0.75 if "int2" in name else 0.5)
+
+
+@given(name=st.sampled_from([n for n in INTEGERS if n.endswith("d")]), shape=shapes, seed=seeds)
+def test_byte_scales_are_the_searched_ones_rounded(name: str, shape: tuple[int, int], seed: int) -> None:
+    torch.manual_seed(seed)
+    weight = torch.randn(shape) * torch.rand(shape[0], 1)
+    _, found, _ = read_tiles(name, get_codec(name).encode(weight), shape)
+    plain = name.removesuffix("d")
+    _, searched, _ = read_tiles(plain, get_codec(plain).encode(weight), shape)
+    unit = np.abs(searched).max(axis=1, keepdims=True) / 127
+    assert np.array_equal(np.sign(found), np.sign(searched))
+    assert (np.abs(np.abs(found) - np.maximum(np.abs(searched), unit)) <= unit * 0.50001).all()
 
 
 @given(name=st.sampled_from(INTEGERS), shape=shapes, seed=seeds)

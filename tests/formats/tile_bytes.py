@@ -10,7 +10,7 @@ def parse(name: str) -> tuple[int, int, bool]:
     """Width, group and whether there are zero points of a ``tile16:`` codec."""
     if name == "tile16:mxfp4":
         return 4, 32, False
-    width, group = name.removeprefix("tile16:int").removesuffix("z").split("g")
+    width, group = name.removeprefix("tile16:int").rstrip("zd").split("g")
     return int(width), int(group), name.endswith("z")
 
 
@@ -21,7 +21,9 @@ def read_tiles(name: str, raw: Tensor, shape: tuple[int, int]) -> tuple[np.ndarr
     data = raw.numpy().tobytes()
     rows, columns = shape
     groups = -(-columns // group)
-    entry = 1 if mx else 2
+    byte_scales = name.endswith("d")
+    entry = 1 if mx or byte_scales else 2
+    first = 64 if byte_scales else 0
 
     def head_of(count: int) -> int:
         used = count * 16 * (entry + has_zeros)
@@ -29,7 +31,7 @@ def read_tiles(name: str, raw: Tensor, shape: tuple[int, int]) -> tuple[np.ndarr
 
     stripe_bytes = head_of(4) + 4 * 2 * group * width
     rest = groups % 4
-    block_bytes = groups // 4 * stripe_bytes + head_of(rest) + 2 * rest * group * width
+    block_bytes = first + groups // 4 * stripe_bytes + head_of(rest) + 2 * rest * group * width
     assert len(data) == -(-rows // 16) * block_bytes
     codes = np.zeros(shape, dtype=np.int64)
     scales, zeros = np.zeros((rows, groups)), np.zeros((rows, groups), dtype=np.int64)
@@ -37,9 +39,16 @@ def read_tiles(name: str, raw: Tensor, shape: tuple[int, int]) -> tuple[np.ndarr
         block, r = data[row // 16 * block_bytes : (row // 16 + 1) * block_bytes], row % 16
         for g in range(groups):
             inside, count = g % 4, min(4, groups - g // 4 * 4)
-            stripe = block[g // 4 * stripe_bytes :]
+            stripe = block[first + g // 4 * stripe_bytes :]
             at = 16 * inside + r
-            scales[row, g] = stripe[at] if mx else struct.unpack_from("<e", stripe, 2 * at)[0]
+            if byte_scales:
+                row_scale, byte = (
+                    struct.unpack_from("<f", block, 4 * r)[0],
+                    struct.unpack_from("<b", stripe, at)[0],
+                )
+                scales[row, g] = np.float32(row_scale) * np.float32(byte)
+            else:
+                scales[row, g] = stripe[at] if mx else struct.unpack_from("<e", stripe, 2 * at)[0]
             zeros[row, g] = stripe[32 * count + at] if has_zeros else (0 if mx else 2 ** (width - 1))
             bytes_of_group = stripe[head_of(count) + 2 * inside * group * width :][: 2 * group * width]
             for c in range(min(group, columns - g * group)):

@@ -21,14 +21,15 @@ class Kind:
     group: int
     has_zeros: bool
     is_mx: bool
+    byte_scales: bool = False
 
     @classmethod
     def of(cls, name: str) -> "Kind":
         rest = name.removeprefix("tile16:")
         if rest == "mxfp4":
             return cls(name, 4, 32, False, True)
-        bits, _, group = rest.removeprefix("int").removesuffix("z").partition("g")
-        return cls(name, int(bits), int(group), rest.endswith("z"), False)
+        bits, _, group = rest.removeprefix("int").rstrip("zd").partition("g")
+        return cls(name, int(bits), int(group), rest.endswith("z"), False, rest.endswith("d"))
 
 
 CODECS = [
@@ -36,7 +37,7 @@ CODECS = [
         f"tile16:int{bits}g{group}{z}"
         for bits in (2, 3, 4, 6, 8)
         for group in (32, 64, 128)
-        for z in ("", "z")
+        for z in ("", "z", "d")
     ),
     "tile16:mxfp4",
 ]
@@ -63,6 +64,7 @@ class Tiled:
 def make(name: str, rows: int, cols: int, rng: np.random.Generator, codes: str = "random") -> Tiled:
     """A random matrix; ``codes`` is random, zero (the least code everywhere) or full (the greatest)."""
     kind = Kind.of(name)
+    rows_P: np.ndarray | None = None
     groups = -(-cols // kind.group)
     padded_rows, padded_cols = -(-rows // ROWS) * ROWS, groups * kind.group
     top = 2**kind.bits
@@ -79,20 +81,34 @@ def make(name: str, rows: int, cols: int, rng: np.random.Generator, codes: str =
         stored_PG[rows:] = 0
         scales_PG = np.ldexp(np.float32(1), stored_PG.astype(np.int32) - 128).astype(np.float32)
         integers_PC = DOUBLED_E2M1[codes_PC]
+    elif kind.byte_scales:
+        stored_PG = rng.integers(-127, 128, size=(padded_rows, groups)).astype(np.int8)
+        rows_P = (rng.uniform(0.2, 2, padded_rows) / top / 127).astype(np.float32)
+        stored_PG[rows:], rows_P[rows:] = 0, 0
+        scales_PG = stored_PG.astype(np.float64) * rows_P[:, None]
+        integers_PC = codes_PC - np.repeat(zeros_PG, kind.group, axis=1)
     else:
         stored_PG = (rng.uniform(0.2, 2, (padded_rows, groups)) / top).astype(np.float16)
         stored_PG[rows:] = 0
         scales_PG = stored_PG.astype(np.float32)
         integers_PC = codes_PC - np.repeat(zeros_PG, kind.group, axis=1)
-    raw = pack(kind, codes_PC, stored_PG, zeros_PG if kind.has_zeros else None)
+    raw = pack(kind, codes_PC, stored_PG, zeros_PG if kind.has_zeros else None, rows_P)
     return Tiled(kind, rows, cols, integers_PC[:rows], scales_PG[:rows], raw)
 
 
-def pack(kind: Kind, codes_PC: np.ndarray, stored_PG: np.ndarray, zeros_PG: np.ndarray | None) -> np.ndarray:
+def pack(
+    kind: Kind,
+    codes_PC: np.ndarray,
+    stored_PG: np.ndarray,
+    zeros_PG: np.ndarray | None,
+    rows_P: np.ndarray | None = None,
+) -> np.ndarray:
     """The bytes of a matrix: row blocks of stripes of four groups, each with its head before its codes."""
     parts = []
     for row in range(0, len(codes_PC), ROWS):
         block = slice(row, row + ROWS)
+        if rows_P is not None:
+            parts.append(rows_P[block].tobytes())
         for group in range(0, stored_PG.shape[1], 4):
             stripe = slice(group, min(group + 4, stored_PG.shape[1]))
             head = stored_PG[block, stripe].T.tobytes()

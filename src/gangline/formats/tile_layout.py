@@ -1,10 +1,10 @@
 """Tiles of 16 rows: the byte order in which the native kernels read a matrix, front to back.
 
 A matrix is a run of row blocks of 16 rows. One row block is a run of *stripes* of four groups of columns (the
-last may have fewer), so that scales lie beside their codes and a kernel reads one stream from end to end. One
-stripe is:
+last may have fewer), so that scales lie beside their codes and a kernel reads one stream from end to end. If
+scales are signed bytes, a row block begins with the fp32 scales of its 16 rows. One stripe is:
 
-1. the scales of its groups, group after group, 16 rows each (fp16, or E8M0 bytes);
+1. the scales of its groups, group after group, 16 rows each (fp16, E8M0 bytes, or signed bytes);
 2. with zero points: as many bytes, in the same order;
 3. zeros up to a multiple of 64 bytes (of four groups there are none to add);
 4. the codes, group after group. Four consecutive columns of the 16 rows are a *quad* of 64 positions:
@@ -43,14 +43,16 @@ class TileParts:
     """The parts of encoded row blocks.
 
     Attributes:
-        scales_RGS: fp16, or uint8 exponents.
+        scales_RGS: fp16, uint8 exponents, or int8 in units of the rows' scales.
         zeros_RGS: uint8 zero points, or None.
         words_RW: the codes of each row block, int32.
+        row_scales_RS: fp32, or None.
     """
 
     scales_RGS: Tensor
     zeros_RGS: Tensor | None
     words_RW: Tensor
+    row_scales_RS: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class TileLayout:
     group: int
     scale: torch.dtype
     has_zeros: bool
+
+    @property
+    def row_scale_bytes(self) -> int:
+        """Bytes before the first stripe of a row block: the scales of its rows, if it has them."""
+        return ROWS * torch.float32.itemsize if self.scale == torch.int8 else 0
 
     def groups(self, columns: int) -> int:
         """Groups of a row."""
@@ -89,7 +96,8 @@ class TileLayout:
     def block_bytes(self, columns: int) -> int:
         """Bytes of a row block: a multiple of 64."""
         stripes, rest = divmod(self.groups(columns), STRIPE_GROUPS)
-        return stripes * self.stripe_bytes(STRIPE_GROUPS) + self.stripe_bytes(rest)
+        whole = stripes * self.stripe_bytes(STRIPE_GROUPS)
+        return self.row_scale_bytes + whole + self.stripe_bytes(rest)
 
     def nbytes(self, shape: Shape) -> int:
         """Bytes of a matrix."""
@@ -107,10 +115,13 @@ class TileLayout:
             zeros.append(zero_RNB.reshape(blocks, -1, ROWS))
             words.append(codes_RNB.view(torch.int32).reshape(blocks, -1))
         zeros_RGS = torch.cat(zeros, dim=1) if self.has_zeros else None
-        return TileParts(torch.cat(scales, dim=1), zeros_RGS, torch.cat(words, dim=1))
+        rows_RS = self._row_scales(raw_RB).clone() if self.row_scale_bytes else None
+        return TileParts(torch.cat(scales, dim=1), zeros_RGS, torch.cat(words, dim=1), rows_RS)
 
     def write(self, raw_RB: Tensor, columns: int, parts: TileParts) -> None:
         """Put the parts of row blocks into their bytes (uint8, zeroed), of which there are as many."""
+        if parts.row_scales_RS is not None:
+            self._row_scales(raw_RB).copy_(parts.row_scales_RS)
         group = word = 0
         for stripes_RNB, groups in self._stripes(raw_RB, columns):
             scale_RNB, zero_RNB, codes_RNB = self._parts(stripes_RNB, groups)
@@ -123,12 +134,16 @@ class TileLayout:
             words_RNW.copy_(parts.words_RW[:, word : word + count].reshape(words_RNW.shape))
             group, word = several.stop, word + count
 
+    def _row_scales(self, raw_RB: Tensor) -> Tensor:
+        return raw_RB[:, : self.row_scale_bytes].view(torch.float32)
+
     def _stripes(self, raw_RB: Tensor, columns: int) -> Iterator[tuple[Tensor, int]]:
         """Yield views of stripes of equally many groups, and how many: the whole ones, then what is left."""
         stripes, rest = divmod(self.groups(columns), STRIPE_GROUPS)
-        split = stripes * self.stripe_bytes(STRIPE_GROUPS)
+        begin = self.row_scale_bytes
+        split = begin + stripes * self.stripe_bytes(STRIPE_GROUPS)
         if stripes:
-            yield raw_RB[:, :split].unflatten(1, (stripes, -1)), STRIPE_GROUPS
+            yield raw_RB[:, begin:split].unflatten(1, (stripes, -1)), STRIPE_GROUPS
         if rest:
             yield raw_RB[:, split:].unflatten(1, (1, -1)), rest
 

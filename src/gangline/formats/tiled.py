@@ -1,8 +1,11 @@
 """Codecs in tiles of 16 rows (``tile_layout.py``), the order in which the native kernels read weights.
 
 ``tile16:int{bits}g{group}``: ``w_hat = scale * (code - 2^(bits-1))``, the same codes and scales as those of
-``int{bits}g{group}`` (``grouped.py``). With the suffix ``z`` every group has a zero point as well:
-``w_hat = scale * (code - zero)``. ``tile16:mxfp4``: E2M1 codes under E8M0 exponents (``mx.py``).
+``int{bits}g{group}`` (``grouped.py``). With the suffix ``z`` every group has a zero point as well: ``w_hat
+= scale * (code - zero)``. With the suffix ``d`` the scales are quantized once more (double quantization of
+"QLoRA: Efficient Finetuning of Quantized LLMs", arXiv:2305.14314, section 3, but linear): a signed byte for
+each group under one fp32 scale a row, ``w_hat = row_scale * byte * (code - 2^(bits-1))``. The largest scale
+of a row is the byte 127 or -127. ``tile16:mxfp4``: E2M1 codes under E8M0 exponents (``mx.py``).
 
 Shapes: O rows, I columns, R row blocks, S the 16 rows of one, G groups of a row, L weights of a group, C
 columns filled up to whole groups, N groups in all.
@@ -23,6 +26,8 @@ from gangline.formats.grouped import GROUPS, WIDTHS
 from gangline.formats.mx import BLOCK, decode_e2m1, encode_e2m1, exponent_scale
 from gangline.formats.tile_layout import ROWS, TileLayout, TileParts, row_blocks
 
+_LARGEST_BYTE = 127
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -30,13 +35,15 @@ class Groups:
 
     Attributes:
         codes_RSC: uint8.
-        scales_RGS: fp16, or uint8 exponents.
+        scales_RGS: fp16, uint8 exponents, or int8 in units of the rows' scales.
         zeros_RGS: uint8 zero points, or None.
+        row_scales_RS: fp32, or None.
     """
 
     codes_RSC: Tensor
     scales_RGS: Tensor
     zeros_RGS: Tensor | None = None
+    row_scales_RS: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class TiledCodec(ABC):
 
     @property
     def bits(self) -> float:
-        """Code and its share of the scale (and zero point)."""
+        """Code and its share of the scale (and zero point), without the scales of whole rows."""
         layout = self.layout
         return layout.width + 8 * (layout.scale.itemsize + layout.has_zeros) / layout.group
 
@@ -79,6 +86,8 @@ class TiledCodec(ABC):
             except FormatError as error:
                 raise FormatError(f"{self.name}: {error}") from error
             found.scales_RGS.transpose(1, 2).flatten(0, 1)[len(w_OI) :] = 0
+            if found.row_scales_RS is not None:
+                found.row_scales_RS.view(-1)[len(w_OI) :] = 0
             self._store(raw_RB[blocks], shape[1], found)
         return raw
 
@@ -99,17 +108,26 @@ class TiledCodec(ABC):
         zeros_RGS = whole.zeros_RGS
         zeros_OG = None if zeros_RGS is None else cut(zeros_RGS.transpose(1, 2))
         scales_OG = cut(whole.scales_RGS.transpose(1, 2))
-        return self.assemble(cut(whole.codes_RSC)[:, : shape[1]], scales_OG, zeros_OG)
+        rows_RS = whole.row_scales_RS
+        row_scales_O = None if rows_RS is None else rows_RS.flatten()[rows]
+        return self.assemble(cut(whole.codes_RSC)[:, : shape[1]], scales_OG, zeros_OG, row_scales_O)
 
     def assemble(
-        self, codes_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor | None = None, out: Tensor | None = None
+        self,
+        codes_OI: Tensor,
+        scales_OG: Tensor,
+        zeros_OG: Tensor | None = None,
+        row_scales_O: Tensor | None = None,
+        *,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Bytes of a matrix that is quantized already.
 
         Args:
             codes_OI: uint8, none past the width.
-            scales_OG: fp16, or uint8 exponents.
+            scales_OG: fp16, uint8 exponents, or int8 in units of the rows' scales.
             zeros_OG: uint8 zero points, of codecs that have them.
+            row_scales_O: fp32, of codecs that have them.
             out: zeroed bytes to write into instead of new ones.
         """
         shape = (codes_OI.shape[0], codes_OI.shape[1])
@@ -123,6 +141,7 @@ class TiledCodec(ABC):
                 _by_block(codes_OC, self._zero),
                 _by_block(scales_OG[rows], 0).transpose(1, 2),
                 None if zeros_OG is None else _by_block(zeros_OG[rows], 0).transpose(1, 2),
+                None if row_scales_O is None else _by_block(row_scales_O[rows, None], 0).squeeze(2),
             )
             self._store(raw_RB[blocks], shape[1], found)
         return raw
@@ -152,11 +171,14 @@ class TiledCodec(ABC):
 
     def _groups(self, raw_RB: Tensor, columns: int) -> Groups:
         parts = self.layout.read(raw_RB, columns)
-        return Groups(self.layout.unpack(parts.words_RW), parts.scales_RGS, parts.zeros_RGS)
+        codes_RSC = self.layout.unpack(parts.words_RW)
+        return Groups(codes_RSC, parts.scales_RGS, parts.zeros_RGS, parts.row_scales_RS)
 
     def _store(self, raw_RB: Tensor, columns: int, groups: Groups) -> None:
         words_RW = self.layout.pack(groups.codes_RSC)
-        self.layout.write(raw_RB, columns, TileParts(groups.scales_RGS, groups.zeros_RGS, words_RW))
+        self.layout.write(
+            raw_RB, columns, TileParts(groups.scales_RGS, groups.zeros_RGS, words_RW, groups.row_scales_RS)
+        )
 
     def _fill_columns(self, codes_OI: Tensor, zeros_OG: Tensor | None) -> Tensor:
         fill = self.layout.columns(codes_OI.shape[1]) - codes_OI.shape[1]
@@ -199,6 +221,30 @@ class TiledIntCodec(TiledCodec):
         return Groups(q_NL.to(torch.uint8).view(by_row), scales_RGS, zeros_RGS)
 
 
+class TiledByteScaledCodec(TiledIntCodec):
+    """``tile16:int{bits}g{group}d``."""
+
+    def _dequantize(self, groups: Groups, dtype: torch.dtype) -> Tensor:
+        assert groups.row_scales_RS is not None
+        q_RSGL = groups.codes_RSC.to(torch.float32).unflatten(2, (-1, self.layout.group)).sub_(self._zero)
+        # Exact: at most 127 times 128.
+        q_RSGL.mul_(groups.scales_RGS.transpose(1, 2).to(torch.float32)[..., None])
+        out_RSGL = torch.empty_like(q_RSGL, dtype=dtype)
+        return torch.mul(q_RSGL, groups.row_scales_RS[..., None, None], out=out_RSGL)
+
+    def _quantize(self, w_RSGL: Tensor) -> Groups:
+        scale_N = search_scale(w_RSGL.reshape(-1, self.layout.group), self.layout.width)
+        scales_RSG = scale_N.view(w_RSGL.shape[:3])
+        row_scales_RS = scales_RSG.abs().amax(2) / _LARGEST_BYTE
+        bytes_RSG = (scales_RSG.abs() / row_scales_RS[..., None]).round_().clamp_(1, _LARGEST_BYTE)
+        bytes_RSG = torch.copysign(bytes_RSG, scales_RSG)
+        steps_RSG = bytes_RSG * row_scales_RS[..., None]
+        q_RSGL = (w_RSGL / steps_RSG[..., None]).round_().add_(self._zero)
+        codes_RSGL = q_RSGL.clamp_(0, 2**self.layout.width - 1).to(torch.uint8)
+        scales_RGS = bytes_RSG.to(torch.int8).transpose(1, 2)
+        return Groups(codes_RSGL.flatten(2), scales_RGS, None, row_scales_RS)
+
+
 class TiledMXFP4Codec(TiledCodec):
     """``tile16:mxfp4``."""
 
@@ -225,11 +271,13 @@ def _by_block(part_OX: Tensor, fill: int) -> Tensor:
 
 
 def tiled_codecs() -> list[TiledCodec]:
-    """Every width with every group size, without and with zero points, and MXFP4."""
+    """Every width with every group size: plain, with zero points, with byte scales; and MXFP4."""
     codecs: list[TiledCodec] = []
     for width in WIDTHS:
         for group in GROUPS:
             for suffix in ("", "z"):
                 layout = TileLayout(width, group, torch.float16, bool(suffix))
                 codecs.append(TiledIntCodec(f"tile16:int{width}g{group}{suffix}", layout))
+            layout = TileLayout(width, group, torch.int8, False)
+            codecs.append(TiledByteScaledCodec(f"tile16:int{width}g{group}d", layout))
     return [*codecs, TiledMXFP4Codec("tile16:mxfp4", TileLayout(4, BLOCK, torch.uint8, False))]

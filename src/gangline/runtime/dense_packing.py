@@ -30,7 +30,7 @@ _FEWEST_ROWS = 16
 
 # An output head of 4 bits costs more quality than its bytes are worth; llama.cpp's files of 4 bits keep it at
 # 6 as well.
-HEAD_CODEC = "tile16:int6g32"
+HEAD_CODEC = "tile16:int6g32d"
 
 
 def linear_codec(codec: str, *, is_head: bool) -> str:

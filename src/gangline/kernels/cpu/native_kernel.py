@@ -275,7 +275,7 @@ def _activation_group(spec: FieldSpec) -> int:
         return _SPARSE_GROUP if "/int" in spec.codec else 0
     if spec.codec.startswith("ggml:") and spec.codec.endswith("_K"):
         return _SUPER_GROUP
-    group = spec.codec.rpartition("g")[2].removesuffix("z")
+    group = spec.codec.rpartition("g")[2].rstrip("zd")
     return int(group) if spec.codec.startswith("tile16:int") else 32
 
 
