@@ -146,10 +146,10 @@ GANGLINE_INLINE void start_group(const std::uint8_t* zeros, std::size_t block_by
 }
 
 // The scales of one group; byte scales without those of their rows, so that their products with a dot product are exact.
-template <class S, Format F>
-GANGLINE_INLINE typename S::Floats load_factors(const Matrix& w, const std::uint8_t* scales, int at) {
-    if (F != Format::tile_mxfp4 && w.byte_scales) return S::load_byte_scales(scales, at);
-    return S::template load_scales<F>(scales, at);
+template <class S, Format F, bool ByteScales>
+GANGLINE_INLINE typename S::Floats load_factors(const std::uint8_t* scales, int at) {
+    if constexpr (ByteScales) return S::load_byte_scales(scales, at);
+    else return S::template load_scales<F>(scales, at);
 }
 
 template <class S, int V>
@@ -166,7 +166,7 @@ GANGLINE_INLINE void store_rows(float* y, const typename S::Floats (&acc)[V], in
 
 // R row blocks from `block` on times T tokens from `token` on. The last block has `last_rows` rows.
 // A function of its own: inlined, the many copies would share and spill registers.
-template <class S, Format F, int R, int T>
+template <class S, Format F, bool ByteScales, int R, int T>
 GANGLINE_APART void multiply_block(const Matrix& w, const TileLayout& tile, const std::uint8_t* block, const Activations& x, int token,
                     float* y, std::ptrdiff_t y_stride, int last_rows) {
     constexpr int V = S::vectors;
@@ -193,7 +193,7 @@ GANGLINE_APART void multiply_block(const Matrix& w, const TileLayout& tile, cons
             dot_group<S, F, R, T>(codes, w.group, q + std::ptrdiff_t{g} * w.group, x.padded, dot);
             for (int r = 0; r < R; ++r) {
                 for (int v = 0; v < V; ++v) {
-                    const auto factor = load_factors<S, F>(w, scales + static_cast<std::size_t>(r) * tile.block_bytes, v * lanes);
+                    const auto factor = load_factors<S, F, ByteScales>(scales + static_cast<std::size_t>(r) * tile.block_bytes, v * lanes);
                     for (int t = 0; t < T; ++t) {
                         const auto scaled = S::times(factor, S::to_floats(dot[t][r][v]));
                         acc[t][r][v] = S::fused(scaled, S::floats(scale[t * groups + g]), acc[t][r][v]);
@@ -205,7 +205,7 @@ GANGLINE_APART void multiply_block(const Matrix& w, const TileLayout& tile, cons
             group_codes += tile.group_bytes;
         }
     }
-    if (w.byte_scales) {
+    if constexpr (ByteScales) {
         for (int r = 0; r < R; ++r)
             for (int v = 0; v < V; ++v) {
                 const auto of_row = S::load_floats(block + static_cast<std::size_t>(r) * tile.block_bytes, v * lanes);
@@ -217,13 +217,31 @@ GANGLINE_APART void multiply_block(const Matrix& w, const TileLayout& tile, cons
             store_rows<S, V>(y + (token + t) * y_stride + r * tile_rows, acc[t][r], r == R - 1 ? last_rows : tile_rows);
 }
 
+// Bytes that come next, asked for a little at a time while what came before is in use: a row block is read once and then
+// computed with for so long that the processor's own look ahead has ended.
+struct Ahead {
+    const std::uint8_t* next = nullptr;
+    const std::uint8_t* end = nullptr;
+    std::ptrdiff_t step = 0;
+
+    GANGLINE_INLINE void ask() {
+#if defined(__GNUC__) || defined(__clang__)
+        const std::uint8_t* stop = end - next < step ? end : next + step;
+        for (; next < stop; next += 64) __builtin_prefetch(next, 0, 2);
+#endif
+    }
+};
+
 // All tokens in [begin, end), the widest register blocks first.
-template <class S, Format F, int R, int T>
+template <class S, Format F, bool ByteScales, int R, int T>
 GANGLINE_INLINE int multiply_tokens(const Matrix& w, const TileLayout& tile, const std::uint8_t* block, const Activations& x,
-                                    int begin, int end, float* y, std::ptrdiff_t y_stride, int last_rows) {
-    for (; begin + T <= end; begin += T) multiply_block<S, F, R, T>(w, tile, block, x, begin, y, y_stride, last_rows);
+                                    int begin, int end, float* y, std::ptrdiff_t y_stride, int last_rows, Ahead& ahead) {
+    for (; begin + T <= end; begin += T) {
+        ahead.ask();
+        multiply_block<S, F, ByteScales, R, T>(w, tile, block, x, begin, y, y_stride, last_rows);
+    }
     if constexpr (T > 1) {
-        return multiply_tokens<S, F, R, (T > 4 ? 4 : T > 2 ? 2 : 1)>(w, tile, block, x, begin, end, y, y_stride, last_rows);
+        return multiply_tokens<S, F, ByteScales, R, (T > 4 ? 4 : T > 2 ? 2 : 1)>(w, tile, block, x, begin, end, y, y_stride, last_rows, ahead);
     }
     return begin;
 }
@@ -236,13 +254,19 @@ inline int tokens_in_cache(int padded) {
 }
 
 // Row blocks from `row` on, R at a time while there are so many; returns the row that follows. The last block may be short.
-template <class S, Format F, int R, int T>
+template <class S, Format F, bool ByteScales, int R, int T>
 GANGLINE_INLINE int multiply_rows(const Matrix& w, const TileLayout& tile, int row, int row_end, const Activations& x,
                                   int begin, int end, float* y, std::ptrdiff_t y_stride) {
     for (; row + (R - 1) * tile_rows < row_end; row += R * tile_rows) {
         const std::uint8_t* block = w.data + static_cast<std::size_t>(row / tile_rows) * tile.block_bytes;
         const int left = row_end - row - (R - 1) * tile_rows;
-        multiply_tokens<S, F, R, T>(w, tile, block, x, begin, end, y + row, y_stride, left < tile_rows ? left : tile_rows);
+        Ahead ahead;
+        if (R > 1 && left > tile_rows) {
+            ahead.next = block + R * static_cast<std::ptrdiff_t>(tile.block_bytes);
+            ahead.end = ahead.next + R * static_cast<std::ptrdiff_t>(tile.block_bytes);
+            ahead.step = (ahead.end - ahead.next) * T / (end - begin) + 64;
+        }
+        multiply_tokens<S, F, ByteScales, R, T>(w, tile, block, x, begin, end, y + row, y_stride, left < tile_rows ? left : tile_rows, ahead);
     }
     return row;
 }
@@ -250,8 +274,8 @@ GANGLINE_INLINE int multiply_rows(const Matrix& w, const TileLayout& tile, int r
 // Up to here the weights' way from memory takes longer than the arithmetic.
 constexpr int few_tokens = 4;
 
-template <class S, Format F>
-void matmul_tiles(const Matrix& w, int row_begin, int row_end, const Activations& x, float* y, std::ptrdiff_t y_stride) {
+template <class S, Format F, bool ByteScales>
+GANGLINE_INLINE void matmul_tiles_with(const Matrix& w, int row_begin, int row_end, const Activations& x, float* y, std::ptrdiff_t y_stride) {
     const TileLayout tile = TileLayout::of(w);
     const int batch = tokens_in_cache(x.padded);
     for (int begin = 0; begin < x.tokens; begin += batch) {
@@ -260,10 +284,18 @@ void matmul_tiles(const Matrix& w, int row_begin, int row_end, const Activations
         // So few tokens wait for memory: one row block after another is one stream of bytes, which the processor fetches
         // ahead by itself.
         if (end - begin > few_tokens) {
-            row = multiply_rows<S, F, S::row_blocks, S::tokens>(w, tile, row, row_end, x, begin, end, y, y_stride);
+            row = multiply_rows<S, F, ByteScales, S::row_blocks, S::tokens>(w, tile, row, row_end, x, begin, end, y, y_stride);
         }
-        multiply_rows<S, F, 1, S::tokens>(w, tile, row, row_end, x, begin, end, y, y_stride);
+        multiply_rows<S, F, ByteScales, 1, S::tokens>(w, tile, row, row_end, x, begin, end, y, y_stride);
     }
+}
+
+template <class S, Format F>
+void matmul_tiles(const Matrix& w, int row_begin, int row_end, const Activations& x, float* y, std::ptrdiff_t y_stride) {
+    if constexpr (F != Format::tile_mxfp4) {
+        if (w.byte_scales) return matmul_tiles_with<S, F, true>(w, row_begin, row_end, x, y, y_stride);
+    }
+    matmul_tiles_with<S, F, false>(w, row_begin, row_end, x, y, y_stride);
 }
 
 }  // namespace
