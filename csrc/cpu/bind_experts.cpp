@@ -71,6 +71,22 @@ void experts_forward_of(const ExpertsLayer& layer, Address x, const std::string&
     experts_forward(call);
 }
 
+void experts_sums_of(const ExpertsLayer& layer, Address x, const std::string& dtype, int tokens, Address token_ids,
+                     const Starts& starts, const std::vector<const Expert*>& experts, Address weights, Address sum) {
+    check_starts(starts, experts.size());
+    if (token_ids == 0 && starts.back() > 0) throw std::invalid_argument("sums need the row of every pair");
+    const nb::gil_scoped_release released;
+    ExpertsCall call;
+    call.layer = &layer;
+    call.x = source_of(x, dtype, tokens, layer.hidden, token_ids, starts.back());
+    call.starts = starts.data();
+    call.experts = experts.data();
+    call.count = static_cast<int>(experts.size());
+    call.weight_of_pair = reinterpret_cast<const float*>(weights);
+    call.sum = reinterpret_cast<float*>(sum);
+    experts_forward(call);
+}
+
 void products_of(const std::vector<const Matrix*>& matrices, Address x, const std::string& dtype, int tokens,
                  Address token_ids, const Starts& starts, Address y, std::ptrdiff_t y_stride) {
     check_starts(starts, matrices.size());
@@ -149,6 +165,9 @@ void bind_experts(nb::module_& m) {
           nb::arg("accumulate") = false,
           "Compute out [tokens, hidden]: each token's weighted sum of its pairs, in their order, from zero or (accumulate, "
           "fp32 only) from what is there.");
+    m.def("experts_sums", &experts_sums_of, nb::arg("layer"), nb::arg("x"), nb::arg("x_dtype"), nb::arg("tokens"),
+          nb::arg("token_ids"), nb::arg("starts"), nb::arg("experts"), nb::arg("weights"), nb::arg("sum"),
+          "As experts_forward, but add every pair's weighted output to its token's row of sum [tokens, hidden], fp32.");
     m.def("experts_scratch_bytes",
           [](const ExpertsLayer& layer, const Expert& expert, int tokens, int pairs) {
               return experts_scratch_bytes(layer, expert, tokens, pairs, threads());

@@ -16,6 +16,9 @@ namespace {
 // Rows of one task.
 constexpr int task_rows = streamed_rows;
 
+// Columns of the sums that one task owns: few enough that all workers end together.
+int sum_rows_of(int hidden, int workers) { return std::clamp(hidden / (8 * workers) / 16 * 16, 32, task_rows); }
+
 // Rows of gate and up that one task takes: chunks of h end where a group of the down projection ends.
 int gate_rows_of(int down_group) {
     const int unit = std::lcm(16, std::max(1, down_group));
@@ -108,6 +111,7 @@ void ExpertsRun::prepare(const ExpertsCall& call, int workers) {
     down_group_ = group_of(one.down);
     gate_rows_ = gate_rows_of(down_group_);
     down_rows_ = 2 * task_rows;
+    sum_rows_ = sum_rows_of(call.layer->hidden, workers);
     room_ = block_tokens * 2 * (gate_rows_ + 32) + gate_rows_;
     rooms_.want(static_cast<std::size_t>(workers) * static_cast<std::size_t>(room_));
     gate_up_segments_.reserve(static_cast<std::size_t>(call.count));
@@ -154,7 +158,8 @@ void ExpertsRun::work_prepared(int worker, int workers) {
         }
         gate_up_tasks(worker);
         barrier();
-        down_tasks();
+        if (call_.sum != nullptr) sum_tasks(rooms_.data() + static_cast<std::size_t>(worker) * static_cast<std::size_t>(room_));
+        else down_tasks();
         if (slab_end_ == pairs) return;
         barrier();
         if (worker == 0) plan_slab(workers);
@@ -251,6 +256,35 @@ void ExpertsRun::down_task(const Segment& segment, int chunk, int block) {
     if (expert.down_bias == nullptr) return;
     for (int t = 0; t < tokens; ++t) {
         add_row(expert.down_bias + begin, y + std::ptrdiff_t{t} * hidden + begin, end - begin);
+    }
+}
+
+// A task owns some columns and goes through all experts, so that every sum is made by one worker and in order.
+void ExpertsRun::sum_tasks(float* room) {
+    const int hidden = call_.layer->hidden;
+    for (;;) {
+        const int begin = next_down_.fetch_add(1, std::memory_order_relaxed) * sum_rows_;
+        if (begin >= hidden) return;
+        const int end = std::min(begin + sum_rows_, hidden);
+        for (const Segment& segment : down_segments_) {
+            for (int pair = segment.pair_begin; pair < segment.pair_end; pair += block_tokens) {
+                sum_block(segment, begin, end, pair, room);
+            }
+        }
+    }
+}
+
+void ExpertsRun::sum_block(const Segment& segment, int begin, int end, int pair, float* room) {
+    const Expert& expert = *call_.experts[segment.expert];
+    const int hidden = call_.layer->hidden, count = end - begin;
+    const int tokens = std::min(block_tokens, segment.pair_end - pair);
+    const MatmulRows matmul = kernels().matmul[static_cast<int>(expert.down.format)];
+    matmul(expert.down, begin, end, h_.view(pair - slab_begin_, tokens), room - begin, sum_rows_);
+    for (int t = 0; t < tokens; ++t) {
+        float* y = room + std::ptrdiff_t{t} * sum_rows_;
+        if (expert.down_bias != nullptr) add_row(expert.down_bias + begin, y, count);
+        const std::int64_t token = call_.x.token_of_pair[pair + t];
+        kernels().rows.accumulate(call_.weight_of_pair[pair + t], y, call_.sum + token * hidden + begin, count);
     }
 }
 

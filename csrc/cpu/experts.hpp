@@ -29,7 +29,9 @@ struct Expert {
     const float* down_bias = nullptr;
 };
 
-// Pairs [starts[i], starts[i + 1]) belong to experts[i]. y: [pairs, hidden] fp32, not weighted.
+// Pairs [starts[i], starts[i + 1]) belong to experts[i]. Their outputs go, not weighted, to y [pairs, hidden]; or, with `sum`
+// [tokens, hidden], every pair adds its weight times its output to its token's row, in the order of the pairs. The sums have
+// the bits that combine() gives, and no output has to go to memory and back. All is fp32.
 struct ExpertsCall {
     const ExpertsLayer* layer = nullptr;
     RowSource x;
@@ -37,6 +39,8 @@ struct ExpertsCall {
     const Expert* const* experts = nullptr;
     int count = 0;
     float* y = nullptr;
+    const float* weight_of_pair = nullptr;  // with `sum`
+    float* sum = nullptr;
 };
 
 // Some rows of one expert's tokens, and where its tasks begin in the count of all.
@@ -76,10 +80,13 @@ private:
     void gate_up_task(const Segment& segment, int chunk, int block, float* room);
     void down_tasks();
     void down_task(const Segment& segment, int chunk, int block);
+    void sum_tasks(float* room);
+    void sum_block(const Segment& segment, int begin, int end, int pair, float* room);
 
     ExpertsCall call_;
     int first_group_ = 0, down_group_ = 0;  // 0: fp32 activations
     int gate_rows_ = 0, down_rows_ = 0;  // rows of a task
+    int sum_rows_ = 0;                      // columns of the sums that one task owns
     int room_ = 0;                          // floats of one worker
     int slab_begin_ = 0, slab_end_ = 0;
     std::vector<Segment> gate_up_segments_, down_segments_;

@@ -67,6 +67,9 @@ class ExpertKernel(Protocol):
         The pairs of ``experts[i]``, whose bound matrices are ``weights[i]``, are ``starts[i]:starts[i + 1]``.
         """
 
+    def add(self, x_TD: Tensor, grouping: Grouping, weights: Sequence[Any], out_TD: Tensor) -> None:
+        """Add all pairs' weighted outputs to their tokens' rows of ``out_TD`` (fp32), in their order."""
+
 
 def runs_within(counts: Sequence[int], pairs: int) -> Iterator[tuple[int, int]]:
     """Cut experts into runs ``first:last`` of at most so many pairs; one with more is a run of its own."""
@@ -220,8 +223,7 @@ class Engine:
                 for first, last in runs_within(counts, RUN_PAIRS_PER_ROW * len(x_TD)):
                     part = grouping.part(index + first, index + last)
                     weights = [bound for _, bound in batch[first:last]]
-                    y_PD = kernel.pairs(x_TD, part.token_P, part.starts, weights, part.experts)
-                    accumulate(y_PD, part, out_TD)
+                    kernel.add(x_TD, part, weights, out_TD)
                 index += len(batch)
 
     def _told(self, event: RoutingEvent, lease: EventLease) -> bool:
