@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gangline.cli.options import ComputeOptions, ModelArgument, ModelOptions, option
+from gangline.cli.options import ComputeOptions, ModelArgument, ModelOptions, ModeOption, option
 from gangline.cli.output import Output
 from gangline.cli.state import NOT_PASSED
 
@@ -30,6 +30,7 @@ def check(
         bool,
         typer.Option("--reference/--no-reference", help="Compare with the plain transformers model too."),
     ] = True,
+    mode: ModeOption = "hint",
 ) -> None:
     """Compare budgets, batches and cache orders, and the plain model. Exit code 3 if they differ."""
     from gangline.cli.loading import load_arguments
@@ -44,7 +45,7 @@ def check(
         seed=compute.seed,
         reference=reference,
     )
-    report = check_model(model, settings, progress=out.note, **load_arguments(options, compute))
+    report = check_model(model, settings, progress=out.note, **load_arguments(options, compute, mode))
     out.data(report.to_dict())
     _show(out, report)
     if not report.passed:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from gangline.cli.options import BudgetOptions, ModelArgument
+from gangline.cli.options import BudgetOptions, ModelArgument, ModeOption, PolicyOption
 from gangline.cli.output import Output
 from gangline.core.sizes import format_size
 
@@ -10,14 +10,21 @@ if TYPE_CHECKING:
     from gangline.runtime.planner import MemoryPlan
 
 
-def plan(out: Output, model: ModelArgument, budget: BudgetOptions) -> None:
+def plan(
+    out: Output,
+    model: ModelArgument,
+    budget: BudgetOptions,
+    policy: PolicyOption = None,
+    mode: ModeOption = "hint",
+) -> None:
     """Say whether a model fits, where its bytes would go, and how fast it would be."""
     import gangline
     from gangline.cli.loading import load_arguments, tokenizer_at_hand
 
     # 'run' has the tokenizer in memory when it plans, so that the smallest budget named here works there.
     tokenizer = tokenizer_at_hand(model, budget)
-    found = gangline.plan(model, **load_arguments(budget))
+    asked = {} if policy is None and mode == "hint" else {"policy": policy, "mode": mode}
+    found = gangline.plan(model, **load_arguments(budget), **asked)
     del tokenizer
     out.data(found.to_dict())
     _show(out, model, found)
@@ -31,7 +38,7 @@ def _show(out: Output, model: str, plan: "MemoryPlan") -> None:
     for what, size, why in plan.rows_table():
         table.add_row(what, format_size(size), why)
     table.add_row("peak", format_size(plan.peak), _verdict(plan))
-    kind = "exact" if plan.precision == "stored" else "approximate"
+    kind = "exact" if plan.precision == "stored" and not plan.low_slots else "approximate"
     out.show(f"{model}: experts {'+'.join(plan.codecs)} ({kind}), {format_size(plan.expert_bytes)} in all")
     out.show(table)
     for line in _speed(plan):

@@ -47,7 +47,8 @@ def run(
         if stats:
             out.note(banner)
         elif (changed := runtime.stats().approximate) is not None:
-            out.note(f"approximate: {changed}; 'gangline predict eval --mode execute' measures what it costs")
+            measure = "check --mode mixed" if mode == "mixed" else "predict eval --mode execute"
+            out.note(f"approximate: {changed}; 'gangline {measure}' measures what it costs")
         out.data(
             {
                 "model": model,

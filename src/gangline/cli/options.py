@@ -81,6 +81,16 @@ class BudgetOptions(ModelOptions):
     ] = None
 
 
+PolicyOption = Annotated[
+    str | None,
+    option(
+        "--policy",
+        metavar="NAME|FILE.yaml",
+        help="What is cached, predicted and read ahead. (Default: as tuned, else 'default'.)",
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ComputeOptions:
     """How a loaded model computes; none of it changes which experts run."""
@@ -93,14 +103,7 @@ class ComputeOptions:
         InputOutput,
         option("--io", help="Read experts around the page cache, through it, or as measured best."),
     ] = "auto"
-    policy: Annotated[
-        str | None,
-        option(
-            "--policy",
-            metavar="NAME|FILE.yaml",
-            help="What is cached, predicted and read ahead. (Default: as tuned, else 'default'.)",
-        ),
-    ] = None
+    policy: PolicyOption = None
     predictor: Annotated[
         str | None,
         option(
@@ -111,13 +114,13 @@ class ComputeOptions:
     ] = None
 
 
-PredictionMode = Literal["hint", "execute"]
+PredictionMode = Literal["hint", "execute", "mixed"]
 
 ModeOption = Annotated[
     PredictionMode,
     option(
         "--mode",
-        help="--policy sida. hint: routers decide. execute: the prediction does (changes the answers).",
+        help="hint: exact. execute: sida predicts what is computed. mixed: hobbit, in two precisions.",
     ),
 ]
 

@@ -8,3 +8,12 @@ class ExpertKey(NamedTuple):
 
     layer: int
     expert: int
+
+
+def low_copy(key: ExpertKey, layers: int) -> ExpertKey:
+    """Return the name of the copy in low precision of an expert of a model with so many MoE layers.
+
+    Copies are numbered like the experts of further layers behind the last one, so that tables, files and
+    slots need no second kind of key.
+    """
+    return ExpertKey(layers + key.layer, key.expert)

@@ -4,6 +4,7 @@ Shape suffixes: T tokens, K chosen experts per token, P real pairs (P <= T*K), N
 hidden.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,23 @@ class Grouping:
             tuple(start - begin for start in self.starts[first : last + 1]),
             self.token_P[begin:end],
             self.weight_P1[begin:end],
+        )
+
+    def only(self, indices: Sequence[int]) -> "Grouping":
+        """Return the pairs of the experts at ascending ``indices`` of ``experts`` as a grouping of their
+        own.
+        """
+        if len(indices) == len(self.experts):
+            return self
+        bounds = [(self.starts[index], self.starts[index + 1]) for index in indices]
+        starts = [0]
+        for begin, end in bounds:
+            starts.append(starts[-1] + end - begin)
+        return Grouping(
+            tuple(self.experts[index] for index in indices),
+            tuple(starts),
+            torch.cat([self.token_P[:0], *(self.token_P[begin:end] for begin, end in bounds)]),
+            torch.cat([self.weight_P1[:0], *(self.weight_P1[begin:end] for begin, end in bounds)]),
         )
 
     def add(self, index: int, y_ND: Tensor, out_TD: Tensor) -> None:

@@ -8,9 +8,12 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gangline.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from gangline.policies.precision.mixed import Mixed
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Composition:
         batching: a class or function of ``batching``.
         exact: whether all parts are.
         unlike: what differs from the system.
-        cache_options, predictor_options, prefetcher_options: parameters of these parts.
+        cache_options, predictor_options, prefetcher_options, precision_options: parameters of these parts.
     """
 
     cache: str
@@ -44,6 +47,7 @@ class Composition:
     cache_options: Mapping[str, Any] = field(default_factory=dict)
     predictor_options: Mapping[str, Any] = field(default_factory=dict)
     prefetcher_options: Mapping[str, Any] = field(default_factory=dict)
+    precision_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def left_out(self) -> str:
@@ -72,7 +76,14 @@ COMPOSITIONS: dict[str, Composition] = {
         "fate", "layer", "next-gate", 1, "FatePrefetch", unlike="no INT4 and INT2 copies, hence exact"
     ),
     "hobbit": Composition(
-        "hobbit", "global", "next-gate", 3, "FirstMissing", precision="HobbitPrecision", exact=False
+        "hobbit",
+        "global",
+        "next-gate",
+        3,
+        "FirstMissing",
+        precision="HobbitPrecision",
+        exact=False,
+        unlike="weights of the cache are equal, not fitted",
     ),
     "hobbit-exact": Composition(
         "hobbit",
@@ -93,7 +104,7 @@ COMPOSITIONS: dict[str, Composition] = {
 }
 """Systems by name."""
 
-_PARTS = ("cache", "predictor", "prefetcher")
+_PARTS = ("cache", "predictor", "prefetcher", "precision")
 _PLAIN = ("scope", "ahead", "unlike")
 
 
@@ -125,24 +136,25 @@ def find_composition(text: str) -> Composition:
 
 
 def require_exact(name: str, found: Composition) -> None:
-    """Refuse a composition that changes the output: no engine or simulator here stores two precisions.
+    """Refuse a composition that changes the output.
 
     Raises:
-        UsageError: names its exact part.
+        UsageError: names its exact part, and what allows the other one.
     """
-    if found.precision is not None or not found.exact:
+    if not found.exact:
         part = f"its exact part is {name}-exact" if f"{name}-exact" in COMPOSITIONS else "leave precision out"
         raise UsageError(
-            f"{name} computes some experts in a second, lower precision, which is not stored here; {part}"
+            f"{name} computes some experts in a second, lower precision or not at all, which changes the "
+            f"answers; {part}, or allow it with --mode mixed"
         )
 
 
 def read_composition(path: Path) -> Composition:
     """Read a composition of one's own.
 
-    Keys: ``like`` (a name to begin from; default ``default``), ``cache``, ``predictor`` and ``prefetcher``
-    (a name, or a mapping with ``name`` and the part's own parameters), ``scope``, ``ahead``, ``unlike``.
-    Precision, schedules and batching cannot be changed: they are not parts that every engine has.
+    Keys: ``like`` (a name to begin from; default ``default``), ``cache``, ``predictor``, ``prefetcher`` and
+    ``precision`` (a name, or a mapping with ``name`` and the part's own parameters), ``scope``, ``ahead``,
+    ``unlike``. Schedules and batching cannot be changed: they are not parts that every engine has.
 
     Raises:
         UsageError: the file cannot be read, or has another key or a value of the wrong kind.
@@ -167,7 +179,19 @@ def read_composition(path: Path) -> Composition:
             changes[part], changes[f"{part}_options"] = _named(path, part, data[part])
     found = replace(base, **changes)
     _check_kinds(path, found)
-    return found
+    return replace(found, exact=found.precision is None or make_precision(found).rule.exact)
+
+
+def make_precision(found: Composition) -> "Mixed":
+    """Return the rule and the storage of a composition's second precision.
+
+    Raises:
+        UsageError: there is no such rule, or a parameter is not known or out of its range.
+    """
+    from gangline.policies.precision.mixed import make_mixed
+
+    assert found.precision is not None
+    return make_mixed(found.precision, found.precision_options)
 
 
 def _named(path: Path, part: str, value: Any) -> tuple[str | None, dict[str, Any]]:

@@ -11,7 +11,9 @@ from gangline.core.events import Need, RoutingEvent
 from gangline.core.geometry import MoEGeometry
 from gangline.core.keys import ExpertKey
 from gangline.policies.caches import CachePolicy, make_cache
-from gangline.policies.compositions import Composition
+from gangline.policies.caches.copies import CopiesCache
+from gangline.policies.compositions import Composition, make_precision
+from gangline.policies.precision import HobbitPrecision
 from gangline.policies.predictors.next_gate import Gate
 from gangline.policies.predictors.protocol import Predictor
 from gangline.policies.predictors.registry import make_predictor
@@ -52,16 +54,18 @@ class Parts:
         caches: one for each pool of slots.
         predictor: None if there is none.
         prefetcher: None if nothing is read ahead.
+        precision: chooses how well experts are computed; None computes all of them as they are.
     """
 
     caches: tuple[CachePolicy, ...]
     predictor: Predictor | None
     prefetcher: Prefetcher | None
+    precision: HobbitPrecision | None = None
 
     @property
     def needs(self) -> frozenset[Need]:
         """What events must carry beyond counts."""
-        parts = (*self.caches, *(() if self.predictor is None else (self.predictor,)))
+        parts = [part for part in (*self.caches, self.predictor, self.precision) if part is not None]
         return frozenset(need for part in parts for need in part.needs) - {"future"}
 
     @property
@@ -83,7 +87,8 @@ def build_parts(
     Args:
         found: which ones.
         material: what they are made of.
-        pools: slots and layers of each pool of slots, or the slots of a single one for all layers.
+        pools: slots and layers of each pool of slots, or the slots of a single one for all layers. Layers
+            behind the model's last are those of copies in low precision.
 
     Raises:
         UsageError: a name or parameter is not known, or material is missing; the message says how to get it.
@@ -93,12 +98,19 @@ def build_parts(
     slots = sum(count for count, _ in sizes)
     caches = tuple(_cache(found, material, count, layers) for count, layers in sizes)
     prefetcher = None
+    copies = any(min(layers) >= len(geometry.layers) for _, layers in sizes)
+    precision = make_precision(found).rule if copies and found.precision is not None else None
     if found.prefetcher is not None:
         cost = material.cost or slot_cost(1, 1.0, 0.1)
         prefetcher = make_prefetcher(
-            found.prefetcher, slots=slots, geometry=geometry, cost=cost, **found.prefetcher_options
+            found.prefetcher,
+            slots=slots,
+            geometry=geometry,
+            cost=cost,
+            precision=precision,
+            **found.prefetcher_options,
         )
-    return Parts(caches, _predictor(found, material), prefetcher)
+    return Parts(caches, _predictor(found, material), prefetcher, precision)
 
 
 def slot_cost(expert_bytes: int, expert_seconds: float, bytes_per_second: float) -> CostTable:
@@ -114,7 +126,9 @@ def slot_cost(expert_bytes: int, expert_seconds: float, bytes_per_second: float)
 
 
 def _cache(found: Composition, material: Material, slots: int, layers: Collection[int]) -> CachePolicy:
-    mine = set(layers)
+    behind = len(material.geometry.layers)
+    copies = min(layers) >= behind
+    mine = {layer - behind for layer in layers} if copies else set(layers)
     shown = tuple(
         layer if n in mine else replace(layer, experts=0, top_k=0)
         for n, layer in enumerate(material.geometry.layers)
@@ -129,7 +143,7 @@ def _cache(found: Composition, material: Material, slots: int, layers: Collectio
         # Some slots stay free, so that the other experts have something to pass through.
         passing = min(max(layer.top_k for layer in shown), slots // 2)
         params["hot"] = [key for key in material.popular if key.layer in mine][: slots - max(1, passing)]
-    return make_cache(
+    cache = make_cache(
         found.cache,
         slots=slots,
         geometry=MoEGeometry(shown),
@@ -137,6 +151,7 @@ def _cache(found: Composition, material: Material, slots: int, layers: Collectio
         events=material.events,
         **params,
     )
+    return CopiesCache(cache, behind) if copies else cache
 
 
 def _predictor(found: Composition, material: Material) -> Predictor | None:

@@ -4,6 +4,7 @@ Shape suffixes: T tokens, K chosen experts per token, P pairs, D hidden.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from gangline.kernels.grouping import Grouping, group_by_expert
 from gangline.kernels.sums import accumulate
 from gangline.runtime.event_rules import DENSE_PAIRS_PER_EXPERT, RUN_EXPERTS, RUN_PAIRS_PER_ROW
 from gangline.runtime.lease import EventLease
+from gangline.runtime.mixed import MixedPrecision, Part
 from gangline.runtime.policy_driver import PolicyDriver
 from gangline.runtime.store import ExpertStore
 
@@ -95,13 +97,15 @@ class Engine:
             counts only.
         resident: computes whole layers of a model whose experts all lie on a GPU; then nothing else does.
         reroute: called before anything else happens with an event; may change what is computed.
+        mixed: divides events where experts have copies in low precision. Sums then run in ascending expert id
+            for one token, and for several through those in high precision before those in low.
     """
 
     def __init__(self, store: ExpertStore, kernels: Sequence[ExpertKernel], geometry: MoEGeometry) -> None:
         self._store = store
         self._kernels = kernels
         self._layers = geometry.layers
-        self._last_layer = len(kernels)
+        self._last_layer = len(geometry.layers)
         self._step = 0
         self.phase: Phase = "prefill"
         self.observer: Observer | None = None
@@ -109,6 +113,7 @@ class Engine:
         self.policy: PolicyDriver | None = None
         self.reroute: Reroute | None = None
         self.resident: Layers | None = None
+        self.mixed: MixedPrecision | None = None
 
     def layer_forward(self, layer: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """Return the function that a model's experts module of ``layer`` computes through."""
@@ -146,11 +151,14 @@ class Engine:
         )
         if self.policy is not None:
             self.policy.routed(event)
+        parts = [Part(event, grouping)]
+        if self.mixed is not None:
+            grouping, parts = self.mixed.divide(event, grouping)
         out_TD = torch.zeros(x_TD.shape, dtype=torch.float32)
         if x_TD.shape[0] == 1:
-            self._one_token(event, grouping, x_TD, out_TD)
+            self._one_token(event, parts, grouping, x_TD, out_TD)
         else:
-            self._many_tokens(event, grouping, x_TD, out_TD)
+            self._many_tokens(event, parts, x_TD, out_TD)
         return out_TD.to(x_TD.dtype)
 
     def routed(self, layer: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
@@ -193,52 +201,70 @@ class Engine:
             self._step += 1
         self._last_layer = layer
 
-    def _one_token(self, event: RoutingEvent, grouping: Grouping, x_1D: Tensor, out_1D: Tensor) -> None:
+    @contextmanager
+    def _leased(self, parts: Sequence[Part], *, in_order: bool = False) -> Iterator[list[EventLease]]:
+        """Lease all parts of an event, so that no part takes what another has been promised."""
+        with ExitStack() as stack:
+            yield [
+                stack.enter_context(
+                    self._store.lease(part.event, in_order=in_order, whole=part.whole, chosen=part.chosen)
+                )
+                for part in parts
+            ]
+
+    def _one_token(
+        self, event: RoutingEvent, parts: Sequence[Part], grouping: Grouping, x_1D: Tensor, out_1D: Tensor
+    ) -> None:
         """Compute hits first and misses as they arrive; sum when all are there."""
-        kernel, row = self._kernels[event.layer], {e: n for n, e in enumerate(grouping.experts)}
+        row = {e: n for n, e in enumerate(grouping.experts)}
         y_PD = torch.empty(len(row), x_1D.shape[1], dtype=torch.float32)
-        with self._store.lease(event) as lease:
-            told = self._told(event, lease)
-            for batch in lease.batches():
-                told = told or self._told(event, lease)
-                batch.sort(key=lambda bound: bound[0])
-                experts = [expert for expert, _ in batch]
-                token_P = grouping.token_P[: len(batch)]  # all zeros: there is one token
-                weights = [bound for _, bound in batch]
-                y = kernel.pairs(x_1D, token_P, range(len(batch) + 1), weights, experts)
-                if len(batch) == len(row):
-                    y_PD = y
-                else:
-                    y_PD[[row[expert] for expert in experts]] = y
+        with self._leased(parts) as leases:
+            told = self._told(event, leases)
+            for part, lease in zip(parts, leases, strict=True):
+                kernel = self._kernels[part.event.layer]
+                for batch in lease.batches():
+                    told = told or self._told(event, leases)
+                    batch.sort(key=lambda bound: bound[0])
+                    experts = [expert for expert, _ in batch]
+                    token_P = grouping.token_P[: len(batch)]  # all zeros: there is one token
+                    weights = [bound for _, bound in batch]
+                    y = kernel.pairs(x_1D, token_P, range(len(batch) + 1), weights, experts)
+                    if len(batch) == len(row):
+                        y_PD = y
+                    else:
+                        y_PD[[row[expert] for expert in experts]] = y
         accumulate(y_PD, grouping, out_1D)
 
-    def _many_tokens(self, event: RoutingEvent, grouping: Grouping, x_TD: Tensor, out_TD: Tensor) -> None:
+    def _many_tokens(self, event: RoutingEvent, parts: Sequence[Part], x_TD: Tensor, out_TD: Tensor) -> None:
         """Compute runs of experts in ascending id, and add each run up before the next."""
-        kernel, index = self._kernels[event.layer], 0
-        with self._store.lease(event, in_order=True) as lease:
-            told = self._told(event, lease)
-            for batch in lease.batches(RUN_EXPERTS, lambda: self._prefetch_next_layer(event, lease)):
-                told = told or self._told(event, lease)
-                counts = event.counts[index : index + len(batch)]
-                for first, last in runs_within(counts, RUN_PAIRS_PER_ROW * len(x_TD)):
-                    part = grouping.part(index + first, index + last)
-                    weights = [bound for _, bound in batch[first:last]]
-                    kernel.add(x_TD, part, weights, out_TD)
-                index += len(batch)
+        with self._leased(parts, in_order=True) as leases:
+            told = self._told(event, leases)
+            for part, lease in zip(parts, leases, strict=True):
+                kernel, index = self._kernels[part.event.layer], 0
+                for batch in lease.batches(RUN_EXPERTS, lambda: self._prefetch_next_layer(event, leases)):
+                    told = told or self._told(event, leases)
+                    counts = part.event.counts[index : index + len(batch)]
+                    for first, last in runs_within(counts, RUN_PAIRS_PER_ROW * len(x_TD)):
+                        run = part.grouping.part(index + first, index + last)
+                        weights = [bound for _, bound in batch[first:last]]
+                        kernel.add(x_TD, run, weights, out_TD)
+                    index += len(batch)
 
-    def _told(self, event: RoutingEvent, lease: EventLease) -> bool:
+    def _told(self, event: RoutingEvent, leases: Sequence[EventLease]) -> bool:
         """Tell the policies of an event once all its misses are requested, so that no prefetch delays one."""
         if self.policy is None:
             return True
-        if not lease.all_requested:
+        if not all(lease.all_requested for lease in leases):
             return False
         self.policy.after_gate(event)
         return True
 
-    def _prefetch_next_layer(self, event: RoutingEvent, lease: EventLease) -> None:
+    def _prefetch_next_layer(self, event: RoutingEvent, leases: Sequence[EventLease]) -> None:
         """Keep the disk busy across the attention of the next layer, where a prompt will use all experts."""
         following = event.layer + 1
-        if event.phase == "decode" or not lease.all_requested or following >= len(self._layers):
+        if event.phase == "decode" or following >= len(self._layers):
+            return
+        if not all(lease.all_requested for lease in leases):
             return
         geometry = self._layers[following]
         if event.tokens * geometry.top_k < DENSE_PAIRS_PER_EXPERT * geometry.experts:

@@ -80,7 +80,7 @@ def _pools(
     needed = largest_reads(catalog, align)
     pool_of_layer = [0] * len(needed)
     pools: list[SlotPool] = []
-    for (size, count, layers), policy in zip(plan.slots, policies, strict=True):
+    for (size, count, layers), policy in zip(plan.pools, policies, strict=True):
         for layer in layers:
             pool_of_layer[layer] = len(pools)
         assert max(needed[layer] for layer in layers) <= size

@@ -14,6 +14,24 @@ from gangline.runtime.scratch import Scratch
 
 
 @dataclass(frozen=True)
+class Copies:
+    """Copies of all experts in low precision.
+
+    Attributes:
+        slots: bytes of the slot of a copy, for each layer.
+        share: part of the slot bytes that they get.
+        codecs: names of the codecs of their matrices.
+        scratch: see :class:`Footprint`; ``kernel`` likewise.
+    """
+
+    slots: tuple[int, ...]
+    share: float
+    codecs: tuple[str, ...]
+    kernel: int
+    scratch: Scratch | None
+
+
+@dataclass(frozen=True)
 class Footprint:
     """Sizes of one model in bytes.
 
@@ -36,6 +54,7 @@ class Footprint:
         active_experts: payload bytes of the experts that one token uses.
         geometry: the MoE layers.
         codecs: names of the codecs of the expert matrices.
+        copies: of the experts in low precision, where a policy uses them.
     """
 
     dense: int
@@ -57,6 +76,7 @@ class Footprint:
     packed_head: int = 0
     packed_codec: str = ""
     scratch: Scratch | None = None
+    copies: Copies | None = None
 
     @property
     def working_set(self) -> int:

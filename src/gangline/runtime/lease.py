@@ -1,13 +1,14 @@
 """The experts of one routing event: hits leased, misses read, handed out as they can be computed."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from gangline.core.errors import StoreError
 from gangline.core.events import RoutingEvent
 from gangline.core.keys import ExpertKey
+from gangline.core.precision import Precision
 from gangline.core.tiers import Priority
 from gangline.runtime.slots import SlotState
 
@@ -25,9 +26,23 @@ class EventLease:
     behind depends on no clock. An
     expert's lease ends when the next one is asked for, so a prompt streams through few slots. Use as a
     context manager: leaving it, also by an exception, releases everything.
+
+    Args:
+        store: that holds the experts.
+        event: which experts.
+        in_order: see above.
+        whole: the event that the cache policy is told of, where ``event`` is a part of it.
+        chosen: how experts of ``whole`` are computed; None for all as they are.
     """
 
-    def __init__(self, store: "ExpertStore", event: RoutingEvent, in_order: bool) -> None:
+    def __init__(
+        self,
+        store: "ExpertStore",
+        event: RoutingEvent,
+        in_order: bool,
+        whole: RoutingEvent | None = None,
+        chosen: Mapping[int, Precision] | None = None,
+    ) -> None:
         self._store = store
         self._layer = event.layer
         self._in_order = in_order
@@ -44,8 +59,11 @@ class EventLease:
                 self._missing = [e for e in event.experts if e not in present]
                 for expert in hits:
                     self._hold(expert)
-            self._count(event, present)
-            store._pools[event.layer].policy.on_event(event, hits)
+            self._count(event, present, low=_all_low(event, chosen))
+            policy = store._pools[event.layer].policy
+            policy.on_event(whole or event, hits)
+            if chosen is not None:
+                policy.on_precision(whole or event, chosen)
             self._request_missing()
 
     def __enter__(self) -> Self:
@@ -171,8 +189,13 @@ class EventLease:
         if slot.error is not None and slot.leases == 0 and slot.state is SlotState.READY:
             self._store._drop(key, slot)
 
-    def _count(self, event: RoutingEvent, present: set[int]) -> None:
+    def _count(self, event: RoutingEvent, present: set[int], *, low: bool) -> None:
         store, keys = self._store, [ExpertKey(event.layer, expert) for expert in present]
         late = sum(key in store._tickets for key in keys) if store._tickets else 0
         ahead = sum(key in store._ahead for key in keys) if store._ahead else 0
-        store.stats.count_event(event, present, late, ahead)
+        store.stats.count_event(event, present, late, ahead, low)
+
+
+def _all_low(event: RoutingEvent, chosen: Mapping[int, Precision] | None) -> bool:
+    """Whether an event is the part of another that is computed in low precision."""
+    return chosen is not None and any(chosen[expert] is Precision.LOW for expert in event.experts[:1])

@@ -21,13 +21,15 @@ from gangline.kernels.choice import expert_kernel, set_native_threads
 from gangline.kernels.cpu.native_kernel import NativeKernel
 from gangline.kernels.reference import ReferenceKernel
 from gangline.models import MoEView, check_conformance, expert_math, install
+from gangline.policies.compositions import make_precision
 from gangline.runtime.arrival import arrive, slot_layout
 from gangline.runtime.engine import Engine, ExpertKernel
 from gangline.runtime.files import IOMode
 from gangline.runtime.filling import begin_filling, open_store, request_all, wait_for_all
-from gangline.runtime.footprint import Footprint
+from gangline.runtime.footprint import Copies, Footprint
 from gangline.runtime.gpu_experts import GpuExperts, place_experts
 from gangline.runtime.hash_execution import execute_predictions
+from gangline.runtime.mixed import with_copies
 from gangline.runtime.native_decode import enable_native_decode
 from gangline.runtime.native_generate import enable_native_generate
 from gangline.runtime.opened import OpenedModel, codec_of, open_model
@@ -65,6 +67,7 @@ def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
     set_native_threads(torch.get_num_threads())
     opened, asked, gpu = place_experts(_open(model, asked, need_weights=True), asked)
     plan, _ = _plan(opened, asked)
+    low = low_codec(opened, asked) if plan.low_slots else None
     for note in plan.notes:
         logger.warning("%s: %s", opened.name, note)
     codec = codec_of(asked.precision)
@@ -91,6 +94,7 @@ def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
             gpu=None if gpu is None else GpuExperts(gpu, opened.dtype),
             store=store,
             proofs=proofs,
+            low=None if low is None else _catalog(opened, low[0], asked.progress),
         )
     except BaseException:
         if store is not None:
@@ -139,8 +143,23 @@ def _open(model: str | Path, options: LoadOptions, *, need_weights: bool) -> Ope
 
 def _plan(opened: OpenedModel, options: LoadOptions) -> tuple[MemoryPlan, Footprint]:
     footprint = opened.footprint(codec_of(options.precision))
+    low = low_codec(opened, options)
+    if low is not None:
+        footprint = replace(footprint, copies=low[1])
     request = plan_request(options, opened.config, model=opened.name)
     return make_plan(request, footprint, opened.source.notes), footprint
+
+
+def low_codec(opened: OpenedModel, options: LoadOptions) -> tuple[str, Copies] | None:
+    """Return codec and sizes of the copies in low precision that the policy asked for; None if it has none.
+
+    Raises:
+        UsageError: there is no such policy, or no lower precision.
+    """
+    choice = asked_policy(options.policy, options.predictor, options.mode)
+    if choice is None or choice.composition.precision is None:
+        return None
+    return opened.copies(options.precision, make_precision(choice.composition))
 
 
 def run_from_store(
@@ -156,6 +175,7 @@ def run_from_store(
     gpu: GpuExperts | None = None,
     store: ExpertStore | None = None,
     proofs: Proofs | None = None,
+    low: ExpertCatalog | None = None,
 ) -> PreTrainedModel:
     """Make a model without expert matrices compute its experts from ``catalog`` within ``plan``, or on a GPU.
 
@@ -171,21 +191,23 @@ def run_from_store(
         gpu: where all experts shall go, if there.
         store: of this plan and catalog, where one is being filled already.
         proofs: checks that the model passed before.
+        low: where the copies in low precision can be read, if the plan has slots for them.
 
     Raises:
         UsageError: the parts of ``policy`` cannot be made; see
             :func:`gangline.runtime.policy_setup.live_parts`.
     """
     parts = live_parts(policy, view, plan, cache_seed)
-    kernels = _kernels(catalog, view, gpu)
+    stored = catalog if low is None else with_copies(catalog, low)
+    kernels = _kernels(stored, view, gpu)
 
     def bind(layer: int, raws: Sequence[Tensor]) -> Any:
         if gpu is not None:
             return gpu.bind(raws)
-        return kernels[layer].bind(arrive(catalog.layouts[layer], raws))
+        return kernels[layer].bind(arrive(stored.layouts[layer], raws))
 
     begun = store is not None
-    store = store or open_store(plan, catalog, parts.caches, io)
+    store = store or open_store(plan, stored, parts.caches, io)
     store.bind_with(bind)
     engine = Engine(store, kernels, view.geometry)
     runtime = Runtime(model, view, plan, catalog, store, engine, policy)
@@ -218,11 +240,14 @@ def run_from_store(
 
 
 def _kernels(catalog: ExpertCatalog, view: MoEView, gpu: GpuExperts | None) -> list[ExpertKernel]:
-    """Return the kernel of every layer; with all experts on a GPU none of them is ever asked."""
+    """Return the kernel of every layer, and behind them those of copies, if the catalog has any.
+
+    With all experts on a GPU none of them is ever asked.
+    """
     choose = expert_kernel if gpu is None else ReferenceKernel
     return [
-        choose(slot_layout(layout), expert_math(block))
-        for layout, block in zip(catalog.layouts, view.blocks, strict=True)
+        choose(slot_layout(layout), expert_math(view.blocks[number % len(view.blocks)]))
+        for number, layout in enumerate(catalog.layouts)
     ]
 
 

@@ -20,6 +20,7 @@ from gangline.core.layout import ExpertCatalog, ExpertLayout
 from gangline.formats import codec_names
 from gangline.kernels.cpu.native_kernel import NativeKernel
 from gangline.models import MoEView, expert_math
+from gangline.policies.precision import Mixed, low_precision
 from gangline.runtime.arrival import slot_layout
 from gangline.runtime.dense import (
     build_skeleton,
@@ -37,7 +38,7 @@ from gangline.runtime.dense_packing import (
     with_packed_linears,
 )
 from gangline.runtime.files import ALIGN
-from gangline.runtime.footprint import Footprint, measure_footprint
+from gangline.runtime.footprint import Copies, Footprint, measure_footprint
 from gangline.runtime.read_plan import plan_reads
 from gangline.runtime.scratch import native_scratch
 
@@ -151,6 +152,31 @@ class OpenedModel:
             codecs = linear_codecs(self.skeleton, self.view, codec)
             return with_packed_linears(plain, self.skeleton, self.view, codecs)
         return with_packed_linears(plain, self.skeleton, self.view, self._stored_linears, expanded=False)
+
+    def copies(self, precision: str, mixed: Mixed) -> tuple[str, Copies]:
+        """Return codec and sizes of the copies in low precision of experts at a precision.
+
+        Raises:
+            UsageError: there is no such precision, or it takes no fewer bytes.
+        """
+        high = self.layouts(codec_of(precision))
+        params = [block.geometry.expert_params for block in self.view.blocks]
+        bits = 8 * sum(layout.nbytes for layout in high) / sum(params)
+        name = mixed.bits or low_precision(bits)
+        codec = codec_of(name)
+        layouts = self.layouts(codec)
+        if codec is None or any(a.nbytes >= b.nbytes for a, b in zip(layouts, high, strict=True)):
+            raise UsageError(
+                f"copies in {name} are no smaller than the experts of {self.name} ({bits:.3g} bits each); "
+                "give bits a lower precision, or choose a policy without a second one"
+            )
+        return codec, Copies(
+            slots=tuple(_up(layout.nbytes, ALIGN) for layout in layouts),
+            share=mixed.share,
+            codecs=tuple(sorted({field.codec for layout in layouts for field in layout.fields})),
+            kernel=2 * max(params) * self.dtype.itemsize,
+            scratch=native_scratch(self.view, layouts),
+        )
 
     def load_dense(self, codec: str | None) -> tuple[PreTrainedModel, MoEView]:
         """Load everything but the experts; with a codec, its linear layers are packed.

@@ -36,6 +36,8 @@ class LoadOptions:
         predictor: what the policy learned: a file of ``gangline predict train``, or a trace.
         mode: ``hint``: routers decide what is computed, the predictor only what is read ahead. ``execute``:
             SiDA's own mode, its predictor decides and routers are skipped (approximate; policy ``sida``).
+            ``mixed``: HOBBIT's, experts that are not in memory may be computed in a second, lower precision
+            or left out (approximate; policy ``hobbit``, or a file with a precision).
         progress: show bars; None shows them on a terminal.
         device: where experts are computed: ``cpu``, or ``cuda`` (``cuda:1``) for sparse experts that all fit
             there; None takes a GPU only where its times were measured.

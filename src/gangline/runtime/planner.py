@@ -5,8 +5,9 @@ from typing import Any
 
 from gangline.core.errors import BudgetError
 from gangline.core.sizes import format_size
+from gangline.policies.precision import divide_slots
 from gangline.runtime.embedding import RESIDENT_BYTES
-from gangline.runtime.footprint import Footprint
+from gangline.runtime.footprint import Copies, Footprint
 
 MIB = 1 << 20
 # Measured on CPU: what torch's libraries allocate on first use, thread stacks, and allocator slack.
@@ -32,6 +33,8 @@ class MemoryPlan:
         kv, activations, kernel: key/value cache, one prefill chunk, scratch of the experts' kernels.
         row_bytes, logit_bytes: activations of one row, and the logits of one position.
         slots: for every slot size ``(slot bytes, count, layers)``.
+        low_slots: the same of copies in low precision, whose layers are numbered behind the model's last;
+            ``low_codecs`` are their codecs.
         experts_total, experts_resident: number of experts, and how many have a slot.
         expert_bytes: payload of all experts.
         smallest: the smallest budget that works at this context and precision.
@@ -61,6 +64,13 @@ class MemoryPlan:
     codecs: tuple[str, ...]
     notes: tuple[str, ...] = ()
     speed: dict[str, Any] = field(default_factory=dict)
+    low_slots: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
+    low_codecs: tuple[str, ...] = ()
+
+    @property
+    def pools(self) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+        """The slots of both precisions."""
+        return self.slots + self.low_slots
 
     @property
     def fixed(self) -> int:
@@ -71,7 +81,7 @@ class MemoryPlan:
     @property
     def slot_bytes(self) -> int:
         """Bytes of all expert slots."""
-        return sum(size * count for size, count, _ in self.slots)
+        return sum(size * count for size, count, _ in self.pools)
 
     @property
     def peak(self) -> int:
@@ -99,7 +109,8 @@ class MemoryPlan:
 
     def rows_table(self) -> list[tuple[str, int, str]]:
         """Return ``(what, bytes, why)`` in the order in which the planner reserves."""
-        return [
+        low = sum(size * count for size, count, _ in self.low_slots)
+        rows = [
             ("Python and libraries", self.process, "measured in this process"),
             (
                 "library buffers",
@@ -112,10 +123,15 @@ class MemoryPlan:
             ("expert scratch", self.kernel, "rows of a chunk, or one expert in the compute format"),
             (
                 "expert slots",
-                self.slot_bytes,
+                self.slot_bytes - low,
                 f"{self.experts_resident} of {self.experts_total} experts ({self.resident_share:.0%})",
             ),
         ]
+        if self.low_slots:
+            copies = sum(count for _, count, _ in self.low_slots)
+            words = f"{copies} copies in {'+'.join(self.low_codecs)} for misses (approximate)"
+            rows.append(("low-precision slots", low, words))
+        return rows
 
     def _dense_words(self) -> str:
         words = "attention, norms, routers, shared experts, embeddings"
@@ -199,7 +215,7 @@ def _fixed_part(request: PlanRequest, footprint: Footprint, notes: tuple[str, ..
         # One layer's keys and values exist twice while the cache grows.
         kv=request.context * footprint.kv_per_token * 5 // 4,
         activations=request.rows * footprint.row + 4 * footprint.vocab_row,
-        kernel=footprint.kernel if footprint.scratch is None else footprint.scratch(request.rows),
+        kernel=_scratch(footprint, request.rows),
         row_bytes=footprint.row,
         logit_bytes=footprint.vocab_row,
         slots=(),
@@ -210,6 +226,14 @@ def _fixed_part(request: PlanRequest, footprint: Footprint, notes: tuple[str, ..
         codecs=footprint.codecs,
         notes=notes,
     )
+
+
+def _scratch(footprint: Footprint, rows: int) -> int:
+    """What the kernels keep; those of both precisions take turns."""
+    parts: list[Footprint | Copies] = [footprint]
+    if footprint.copies is not None:
+        parts.append(footprint.copies)
+    return max(part.kernel if part.scratch is None else part.scratch(rows) for part in parts)
 
 
 def _least_slots(footprint: Footprint) -> list[int]:
@@ -245,8 +269,33 @@ def _deal(footprint: Footprint, slots: int) -> list[int]:
 
 
 def _with_slots(plan: MemoryPlan, footprint: Footprint, counts: list[int]) -> MemoryPlan:
-    slots = tuple((size, count, group) for (size, group), count in zip(footprint.slots, counts, strict=True))
-    return replace(plan, slots=slots, experts_resident=min(sum(counts), plan.experts_total))
+    groups = [group for _, group in footprint.slots]
+    sizes = [size for size, _ in footprint.slots]
+    low: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
+    if footprint.copies is not None and sum(counts) < plan.experts_total:
+        counts, low = _with_copies(footprint, footprint.copies, counts)
+        words = f"misses may be computed in {'+'.join(footprint.copies.codecs)} or left out: approximate"
+        plan = replace(plan, low_codecs=footprint.copies.codecs, notes=(*plan.notes, words))
+    return replace(
+        plan,
+        slots=tuple(zip(sizes, counts, groups, strict=True)),
+        low_slots=low,
+        experts_resident=min(sum(counts), plan.experts_total),
+    )
+
+
+def _with_copies(
+    footprint: Footprint, copies: Copies, counts: list[int]
+) -> tuple[list[int], tuple[tuple[int, int, tuple[int, ...]], ...]]:
+    """Divide slots between experts and their copies; returns both, in as many bytes."""
+    layers, high, low = len(footprint.geometry.layers), [], []
+    for (size, group), count in zip(footprint.slots, counts, strict=True):
+        copy = max(copies.slots[layer] for layer in group)
+        most = sum(footprint.geometry.layers[layer].experts for layer in group)
+        of_both = divide_slots(count, size, copy, copies.share, most)
+        high.append(of_both[0])
+        low.append((copy, of_both[1], tuple(layers + layer for layer in group)))
+    return high, tuple(low)
 
 
 def _warn_small(plan: MemoryPlan, footprint: Footprint) -> MemoryPlan:

@@ -15,8 +15,9 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 
-PredictionMode = Literal["hint", "execute"]
-"""Whether a predictor only says what to read ahead, or also what to compute."""
+PredictionMode = Literal["hint", "execute", "mixed"]
+"""What a policy may do with the answers: nothing, compute what its predictor says, or compute experts in low
+precision and leave some out."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,16 @@ def asked_policy(
             is not there, or its prediction cannot be executed.
     """
     if mode not in get_args(PredictionMode):
-        raise UsageError(f"mode {mode!r} must be hint or execute")
-    choice = _asked(policy, learned)
+        raise UsageError(f"mode {mode!r} must be hint, execute or mixed")
+    choice = _asked(policy, learned, mixed=mode == "mixed")
     if mode == "hint":
+        return choice
+    if mode == "mixed":
+        if choice is None or choice.composition.precision is None:
+            raise UsageError(
+                "mode mixed computes in two precisions, which is a part of policy hobbit: give "
+                "--policy hobbit, or a .yaml file with a precision, beside --mode mixed"
+            )
         return choice
     if choice is None or choice.composition.predictor != "sida" or choice.learned is None:
         raise UsageError(
@@ -75,26 +83,32 @@ def asked_policy(
     return replace(choice, composition=cache_alone)
 
 
-def _asked(policy: str | None, learned: str | None) -> PolicyChoice | None:
+def _asked(policy: str | None, learned: str | None, *, mixed: bool) -> PolicyChoice | None:
     if policy is None:
         if learned is not None:
             raise UsageError("a predictor serves a policy: name it, for example --policy sida")
         return None
     found = find_composition(policy)
-    require_live(policy, found)
+    require_live(policy, found, mixed=mixed)
     place = None if learned is None else Path(learned).expanduser()
     if place is not None and not place.exists():
         raise UsageError(f"{place} does not exist; give a file of 'gangline predict train', or a trace")
     return PolicyChoice(policy, found, "asked", place)
 
 
-def require_live(name: str, found: Composition) -> None:
+def require_live(name: str, found: Composition, *, mixed: bool = False) -> None:
     """Refuse what only the simulator can run.
+
+    Args:
+        name: what the user called it.
+        found: the composition.
+        mixed: whether it may compute experts in a second, lower precision.
 
     Raises:
         UsageError: the composition changes the output, or knows the future.
     """
-    require_exact(name, found)
+    if not mixed:
+        require_exact(name, found)
     if found.predictor == "oracle" or found.cache in ("belady", "belady-bypass", "window-oracle"):
         raise UsageError(f"{name} knows the future, as only the simulator does; choose another policy")
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from gangline.core.events import RoutingDetail, RoutingEvent
 from gangline.core.forecast import Forecast
 from gangline.core.geometry import MoEGeometry
-from gangline.core.keys import ExpertKey
+from gangline.core.keys import ExpertKey, low_copy
+from gangline.core.precision import Precision
 from gangline.policies.parts import Parts
 from gangline.policies.predictors.next_gate import Gate
 from gangline.policies.predictors.protocol import Predictor
@@ -55,7 +56,8 @@ class PolicyDriver:
         self._needs = parts.needs
         self._details = parts.needs - {"embeddings"}
         self._slots = slots
-        self._last_layer = len(geometry.layers) - 1
+        self._layers = len(geometry.layers)
+        self._last_layer = self._layers - 1
         self._top_k = max(layer.top_k for layer in geometry.layers)
         self._gates, self._embed = gates, embed
         self._queued: set[ExpertKey] = set()
@@ -117,9 +119,13 @@ class PolicyDriver:
         if not self._queued:
             return
         assert self._prefetcher is not None
-        for key in self._prefetcher.stale(event, self._queued):
+        experts = {key for key in self._queued if key.layer < self._layers}
+        copies = [ExpertKey(key.layer - self._layers, key.expert) for key in self._queued - experts]
+        for key in self._prefetcher.stale(event, experts):
             self._store.postpone(key)
-        self._queued = {key for key in self._queued if key.layer != event.layer}
+        for key in self._prefetcher.stale(event, copies):
+            self._store.postpone(low_copy(key, self._layers))
+        self._queued = {key for key in self._queued if key.layer % self._layers != event.layer}
 
     def after_gate(self, event: RoutingEvent) -> None:
         """All misses of the event have been requested: predict and read ahead."""
@@ -141,5 +147,7 @@ class PolicyDriver:
         if not room:
             return
         for fetch in self._prefetcher.plan(forecasts, self._store.holds, room):
-            if self._store.request(fetch.key, fetch.priority):
-                self._queued.add(fetch.key)
+            low = fetch.precision is Precision.LOW
+            key = low_copy(fetch.key, self._layers) if low else fetch.key
+            if self._store.request(key, fetch.priority):
+                self._queued.add(key)

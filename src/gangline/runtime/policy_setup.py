@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from gangline.policies.caches import RandomEviction
 from gangline.policies.parts import Material, Parts, build_parts
 from gangline.policies.predictors.next_gate import Gate
 from gangline.runtime.engine import Engine
+from gangline.runtime.mixed import MixedPrecision
 from gangline.runtime.planner import MemoryPlan
 from gangline.runtime.policy_choice import DEFAULT, PolicyChoice
 from gangline.runtime.policy_driver import PolicyDriver
@@ -78,13 +80,13 @@ def live_parts(choice: PolicyChoice, view: MoEView, plan: MemoryPlan, cache_seed
     Raises:
         UsageError: see :func:`live_material` and :func:`gangline.policies.parts.build_parts`.
     """
-    pools = [(count, layers) for _, count, layers in plan.slots]
+    pools = [(count, layers) for _, count, layers in plan.pools]
     parts = build_parts(choice.composition, live_material(choice, view), pools)
     if plan.everything_resident:  # nothing is ever evicted or read: whoever would look at events need not
         return build_parts(DEFAULT.composition, Material(view.geometry), pools)
     if cache_seed is None:
         return parts
-    return Parts(tuple(RandomEviction(cache_seed) for _ in pools), parts.predictor, parts.prefetcher)
+    return replace(parts, caches=tuple(RandomEviction(cache_seed) for _ in pools))
 
 
 def start_policy(
@@ -101,10 +103,12 @@ def start_policy(
     embed = model.get_input_embeddings() if "embeddings" in parts.needs else None
     driver = PolicyDriver(store, parts, view.geometry, slots, gates=gates, embed=embed)
     engine.policy = driver
+    if parts.precision is not None:
+        engine.mixed = MixedPrecision(store, parts.precision, len(view.blocks))
     hooks = _hidden_hooks(model, view, engine, driver) if driver.sees_hidden else []
 
     def stop() -> None:
-        engine.policy = None
+        engine.policy = engine.mixed = None
         for hook in hooks:
             hook.remove()
 

@@ -39,6 +39,8 @@ class RuntimeStats:
         evictions: experts that gave up their slot.
         hit_rate: share of hits, None before the first event.
         approximate: what changes the model's output besides its precision, in words; None if nothing does.
+        low_hits, low_misses: hits and misses that were computed in low precision.
+        skipped: experts of routing events that were left out; neither hits nor misses.
     """
 
     host_hits: int
@@ -52,6 +54,9 @@ class RuntimeStats:
     evictions: int
     hit_rate: float | None
     approximate: str | None = None
+    low_hits: int = 0
+    low_misses: int = 0
+    skipped: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -98,6 +103,7 @@ class Runtime:
         self._undo: list[Callable[[], None]] = []
         self.gpu: GpuExperts | None = None
         self._approximate: str | None = None
+        self._mixed: str | None = None
         self._stop_policy: Callable[[], None] = lambda: None
         if plan.in_file:
             self._undo.append(leave_in_file(model.get_input_embeddings()))  # type: ignore[operator]
@@ -133,6 +139,11 @@ class Runtime:
 
     def start_policy(self, parts: Parts) -> None:
         """Let the parts of the policy run beside the engine; where all experts are in memory nothing does."""
+        rule = parts.precision
+        self._mixed = None
+        if rule is not None and not rule.exact:
+            codecs = "+".join(self.plan.low_codecs)
+            self._mixed = f"experts not in memory may be computed in {codecs} or left out"
         if not self.idle:
             self._stop_policy = start_policy(
                 self._model, self.view, self._engine, self.store, parts, self.plan.experts_resident
@@ -172,15 +183,23 @@ class Runtime:
             compute_seconds=stats.compute_seconds,
             evictions=stats.evictions,
             hit_rate=stats.hit_rate,
-            approximate=self._approximate,
+            approximate=self._changed,
+            low_hits=stats.low_hits,
+            low_misses=stats.low_misses,
+            skipped=stats.skipped,
         )
+
+    @property
+    def _changed(self) -> str | None:
+        """What changes the output, in words."""
+        return "; ".join(words for words in (self._approximate, self._mixed) if words) or None
 
     def banner(self) -> str:
         """Return one line: exactness, formats, share in memory, memory against budget, policy, hit rate."""
         plan = self.plan
         kind = "exact" if plan.precision == "stored" else "approximate"
-        if self._approximate is not None:
-            kind = f"approximate ({self._approximate})"
+        if self._changed is not None:
+            kind = f"approximate ({self._changed})"
         parts = [
             f"{kind}, {'+'.join(plan.codecs)}, {self._where()}",
             f"peak {format_size(peak_resident())}"
@@ -191,6 +210,10 @@ class Runtime:
         if stats.hit_rate is not None:
             rows = max(1, stats.decode_tokens + stats.prefill_tokens)
             parts.append(f"hit rate {stats.hit_rate:.2f}")
+            if plan.low_slots:
+                low = stats.low_hits + stats.low_misses
+                used = stats.host_hits + stats.host_misses + stats.skipped
+                parts.append(f"{low / used:.0%} in low precision, {stats.skipped / used:.1%} left out")
             parts.append(f"{format_size(stats.bytes_read / rows)} read per token")
         return " | ".join(parts)
 

@@ -10,7 +10,7 @@ the next read into its slot begins when the first has ended.
 import logging
 import threading
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +20,7 @@ from gangline.core.events import RoutingEvent
 from gangline.core.forecast import Forecast
 from gangline.core.keys import ExpertKey
 from gangline.core.layout import ExpertCatalog
+from gangline.core.precision import Precision
 from gangline.core.tiers import Priority, Tier
 from gangline.policies.caches import CachePolicy
 from gangline.runtime.files import ExpertFiles
@@ -90,11 +91,18 @@ class ExpertStore:
         self.stats.hits += experts
         self.stats.hit_tokens += uses
 
-    def lease(self, event: RoutingEvent, *, in_order: bool = False) -> EventLease:
+    def lease(
+        self,
+        event: RoutingEvent,
+        *,
+        in_order: bool = False,
+        whole: RoutingEvent | None = None,
+        chosen: Mapping[int, Precision] | None = None,
+    ) -> EventLease:
         """Decide the hits of an event and start reading its misses; see :class:`EventLease`."""
         if self._closed:
             raise StoreError("the expert store is closed; load the model again")
-        return EventLease(self, event, in_order)
+        return EventLease(self, event, in_order, whole, chosen)
 
     def request(
         self,

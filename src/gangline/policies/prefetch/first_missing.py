@@ -9,7 +9,7 @@ wrong LOW copy costs a fraction of a wrong HIGH one.
 from collections.abc import Sequence
 
 from gangline.core.forecast import Forecast
-from gangline.core.keys import ExpertKey
+from gangline.core.keys import ExpertKey, low_copy
 from gangline.core.precision import Precision
 from gangline.policies.precision.hobbit import HobbitPrecision
 from gangline.policies.prefetch.protocol import Fetch, Holds, Prefetcher
@@ -21,10 +21,12 @@ class FirstMissing(Prefetcher):
     Args:
         top_k: predicted experts per layer to ask for.
         precision: HOBBIT's rule, or None to fetch HIGH always (exact).
+        layers: MoE layers of the model, by which copies in low precision are named
+            (:func:`gangline.core.keys.low_copy`); either copy does where LOW is wanted.
     """
 
-    def __init__(self, top_k: int, precision: HobbitPrecision | None = None) -> None:
-        self.top_k, self.precision = top_k, precision
+    def __init__(self, top_k: int, precision: HobbitPrecision | None = None, layers: int = 0) -> None:
+        self.top_k, self.precision, self.layers = top_k, precision, layers
         self.exact = precision is None or precision.exact
 
     def plan(self, forecasts: Sequence[Forecast], holds: Holds, budget: int | None = None) -> list[Fetch]:
@@ -37,11 +39,16 @@ class FirstMissing(Prefetcher):
             missing = [
                 Fetch(ExpertKey(f.layer, expert), p, precision=precision)
                 for expert, p, precision in zip(experts, weights, chosen, strict=True)
-                if precision is not Precision.SKIP and not holds(ExpertKey(f.layer, expert))
+                if precision is not Precision.SKIP
+                and not self._there(ExpertKey(f.layer, expert), precision, holds)
             ]
             if missing:
                 return missing[:budget]
         return []
+
+    def _there(self, key: ExpertKey, wanted: Precision, holds: Holds) -> bool:
+        low = wanted is Precision.LOW and self.layers > 0
+        return holds(key) or (low and holds(low_copy(key, self.layers)))
 
     def protected(self, forecasts: Sequence[Forecast]) -> frozenset[ExpertKey]:
         """Return the predicted keys, which must not be evicted meanwhile."""

@@ -8,6 +8,7 @@ from typing import Any
 from gangline.core.cost import CostTable
 from gangline.core.errors import UsageError
 from gangline.core.geometry import MoEGeometry
+from gangline.policies.precision.hobbit import HobbitPrecision
 from gangline.policies.prefetch.all_later import AllLater
 from gangline.policies.prefetch.by_gain import ByGain
 from gangline.policies.prefetch.fate import FatePrefetch
@@ -24,6 +25,7 @@ class PrefetchSetting:
     slots: int
     geometry: MoEGeometry
     cost: CostTable
+    precision: HobbitPrecision | None = None
 
     @property
     def top_k(self) -> int:
@@ -39,7 +41,7 @@ PREFETCHERS: dict[str, Callable[..., Prefetcher]] = {
     "AllLater": lambda s: AllLater(len(s.geometry.layers)),
     "ByGain": lambda s: ByGain(s.cost, s.top_k),
     "FatePrefetch": _fate,
-    "FirstMissing": lambda s: FirstMissing(s.top_k),
+    "FirstMissing": lambda s: FirstMissing(s.top_k, s.precision, len(s.geometry.layers)),
     "Plec": lambda s, threshold=0.5: Plec(max(1, s.slots // 2), threshold),
     "WholeSet": lambda s: WholeSet(),
 }
@@ -47,7 +49,13 @@ PREFETCHERS: dict[str, Callable[..., Prefetcher]] = {
 
 
 def make_prefetcher(
-    name: str, *, slots: int, geometry: MoEGeometry, cost: CostTable, **params: Any
+    name: str,
+    *,
+    slots: int,
+    geometry: MoEGeometry,
+    cost: CostTable,
+    precision: HobbitPrecision | None = None,
+    **params: Any,
 ) -> Prefetcher:
     """Build a planner by name.
 
@@ -56,6 +64,7 @@ def make_prefetcher(
         slots: expert slots in all.
         geometry: the model's MoE layers.
         cost: of one expert, for planners that weigh time.
+        precision: the rule of two precisions, where experts have copies in low precision.
         params: the planner's own parameters.
 
     Raises:
@@ -68,4 +77,4 @@ def make_prefetcher(
         raise UsageError(
             f"the {name} prefetcher has no parameter {unknown[0]!r}; it has {', '.join(known) or 'none'}"
         )
-    return PREFETCHERS[name](PrefetchSetting(slots, geometry, cost), **params)
+    return PREFETCHERS[name](PrefetchSetting(slots, geometry, cost, precision), **params)
