@@ -49,6 +49,7 @@ class EventLease:
         self._held: set[int] = set()
         self._waiting: list[int] = []
         self._spared: set[int] = set()
+        self._low = chosen is not None and all(chosen[e] is Precision.LOW for e in event.experts)
         with store._lock:
             hits = tuple(e for e in event.experts if ExpertKey(event.layer, e) in store._table)
             present = set(hits)
@@ -59,7 +60,7 @@ class EventLease:
                 self._missing = [e for e in event.experts if e not in present]
                 for expert in hits:
                     self._hold(expert)
-            self._count(event, present, low=_all_low(event, chosen))
+            self._count(event, present)
             policy = store._pools[event.layer].policy
             policy.on_event(whole or event, hits)
             if chosen is not None:
@@ -189,13 +190,8 @@ class EventLease:
         if slot.error is not None and slot.leases == 0 and slot.state is SlotState.READY:
             self._store._drop(key, slot)
 
-    def _count(self, event: RoutingEvent, present: set[int], *, low: bool) -> None:
+    def _count(self, event: RoutingEvent, present: set[int]) -> None:
         store, keys = self._store, [ExpertKey(event.layer, expert) for expert in present]
         late = sum(key in store._tickets for key in keys) if store._tickets else 0
         ahead = sum(key in store._ahead for key in keys) if store._ahead else 0
-        store.stats.count_event(event, present, late, ahead, low)
-
-
-def _all_low(event: RoutingEvent, chosen: Mapping[int, Precision] | None) -> bool:
-    """Whether an event is the part of another that is computed in low precision."""
-    return chosen is not None and any(chosen[expert] is Precision.LOW for expert in event.experts[:1])
+        store.stats.count_event(event, present, late, ahead, self._low)

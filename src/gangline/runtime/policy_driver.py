@@ -16,8 +16,7 @@ from torch import Tensor
 from gangline.core.events import RoutingDetail, RoutingEvent
 from gangline.core.forecast import Forecast
 from gangline.core.geometry import MoEGeometry
-from gangline.core.keys import ExpertKey, low_copy
-from gangline.core.precision import Precision
+from gangline.core.keys import ExpertKey
 from gangline.policies.parts import Parts
 from gangline.policies.predictors.next_gate import Gate
 from gangline.policies.predictors.protocol import Predictor
@@ -119,13 +118,9 @@ class PolicyDriver:
         if not self._queued:
             return
         assert self._prefetcher is not None
-        experts = {key for key in self._queued if key.layer < self._layers}
-        copies = [ExpertKey(key.layer - self._layers, key.expert) for key in self._queued - experts]
-        for key in self._prefetcher.stale(event, experts):
+        stale, self._queued = self._prefetcher.after_routing(event, self._queued, self._layers)
+        for key in stale:
             self._store.postpone(key)
-        for key in self._prefetcher.stale(event, copies):
-            self._store.postpone(low_copy(key, self._layers))
-        self._queued = {key for key in self._queued if key.layer % self._layers != event.layer}
 
     def after_gate(self, event: RoutingEvent) -> None:
         """All misses of the event have been requested: predict and read ahead."""
@@ -147,7 +142,6 @@ class PolicyDriver:
         if not room:
             return
         for fetch in self._prefetcher.plan(forecasts, self._store.holds, room):
-            low = fetch.precision is Precision.LOW
-            key = low_copy(fetch.key, self._layers) if low else fetch.key
+            key = fetch.what(self._layers)
             if self._store.request(key, fetch.priority):
                 self._queued.add(key)

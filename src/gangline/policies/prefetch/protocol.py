@@ -6,7 +6,7 @@ from typing import Protocol
 
 from gangline.core.events import RoutingEvent
 from gangline.core.forecast import Forecast
-from gangline.core.keys import ExpertKey
+from gangline.core.keys import ExpertKey, low_copy
 from gangline.core.precision import Precision
 from gangline.core.tiers import Priority
 
@@ -21,6 +21,10 @@ class Fetch:
     score: float
     priority: Priority = Priority.PREFETCH
     precision: Precision = Precision.HIGH
+
+    def what(self, layers: int) -> ExpertKey:
+        """Return what is read in a model of so many MoE layers: the expert, or its copy in low precision."""
+        return low_copy(self.key, layers) if self.precision is Precision.LOW else self.key
 
 
 class Prefetcher(Protocol):
@@ -62,3 +66,19 @@ class Prefetcher(Protocol):
     def stale(self, event: RoutingEvent, queued: Collection[ExpertKey]) -> list[ExpertKey]:
         """Return queued reads for the layer of ``event`` that its router did not ask for."""
         return [key for key in queued if key.layer == event.layer and key.expert not in event.experts]
+
+    def after_routing(
+        self, event: RoutingEvent, queued: Collection[ExpertKey], layers: int
+    ) -> tuple[list[ExpertKey], set[ExpertKey]]:
+        """Return queued reads that an event has made stale, and those that stay queued behind it.
+
+        Args:
+            event: at its layer a router has decided.
+            queued: experts, and copies in low precision (:func:`gangline.core.keys.low_copy`).
+            layers: MoE layers of the model.
+        """
+        experts = {key for key in queued if key.layer < layers}
+        copies = {ExpertKey(key.layer - layers, key.expert) for key in queued if key.layer >= layers}
+        stale = [*self.stale(event, experts)]
+        stale += [low_copy(key, layers) for key in self.stale(event, copies)]
+        return stale, {key for key in queued if key.layer % layers != event.layer}

@@ -4,11 +4,12 @@ from gangline.traces.simulator.bounds import Bound, belady, belady_per_layer, di
 from gangline.traces.simulator.level import LevelSpec
 from gangline.traces.simulator.machine import Line, SimLink, SimMachine
 from gangline.traces.simulator.report import Bounds, SimReport, make_report
-from gangline.traces.simulator.run import InPlace, Run, Setup, simulate
+from gangline.traces.simulator.run import Copies, InPlace, Run, Setup, simulate
 
 __all__ = [
     "Bound",
     "Bounds",
+    "Copies",
     "InPlace",
     "LevelSpec",
     "Line",

@@ -30,10 +30,14 @@ class PhaseCounts(EventCounts):
 
     def count(self, event: RoutingEvent, hits: set[int], late: int, by_prefetch: int) -> None:
         """Add one event."""
+        self.note(event)
+        self.count_event(event, hits, late, by_prefetch)
+
+    def note(self, event: RoutingEvent) -> None:
+        """Add one event whose hits are counted apart."""
         self.events += 1
         self.tokens += event.tokens if event.layer == 0 else 0
         self.distinct += len(event.experts)
-        self.count_event(event, hits, late, by_prefetch)
 
 
 @dataclass

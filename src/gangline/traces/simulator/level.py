@@ -5,13 +5,14 @@ evicts something, a leased expert is never a victim, one on its way may be, and 
 is overruled only when the event could not go on.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gangline.core.errors import UsageError
 from gangline.core.events import RoutingEvent
 from gangline.core.keys import ExpertKey
+from gangline.core.precision import Precision
 from gangline.core.tiers import Priority
 from gangline.traces.simulator.link import Link, Transfer
 from gangline.traces.simulator.machine import SimLink
@@ -48,12 +49,18 @@ class Level:
         useful_bytes, wasted_bytes: of prefetches that an event used, or that left unused.
     """
 
-    def __init__(self, spec: LevelSpec, expert_bytes: Sequence[int], below: "Level | None") -> None:
+    def __init__(
+        self,
+        spec: LevelSpec,
+        expert_bytes: Sequence[int],
+        below: "Level | None",
+        link: Link | None = None,
+    ) -> None:
         if spec.slots < 1:
             raise UsageError(f"{spec.name}: {spec.slots} slots hold no expert; give at least 1")
         self.spec = spec
         self.policy = spec.policy
-        self.link = Link(spec.link)
+        self.link = link or Link(spec.link)
         self.below = below
         self.evictions = 0
         self.prefetched: dict[ExpertKey, int] = {}
@@ -179,10 +186,23 @@ class Level:
             source = None if transfer is None else (below.link, transfer)
         return self.link.submit(self._bytes[key.layer], priority, now, source)
 
-    def note(self, event: RoutingEvent) -> tuple[int, ...]:
-        """Tell the policy of an event and return its hits; tiers below see what is missing here."""
+    def note(
+        self,
+        event: RoutingEvent,
+        whole: RoutingEvent | None = None,
+        chosen: Mapping[int, Precision] | None = None,
+    ) -> tuple[int, ...]:
+        """Tell the policy of an event and return its hits; tiers below see what is missing here.
+
+        Args:
+            event: of the experts that this tier serves.
+            whole: that the policy is told of, where ``event`` is a part of it.
+            chosen: how experts of ``whole`` are computed; None for all as they are.
+        """
         hits = tuple(expert for expert in event.experts if self.holds(ExpertKey(event.layer, expert)))
-        self.policy.on_event(event, hits)
+        self.policy.on_event(whole or event, hits)
+        if chosen is not None:
+            self.policy.on_precision(whole or event, chosen)
         if self.below is not None and len(hits) < len(event.experts):
             present = set(hits)
             missing = [(e, n) for e, n in zip(event.experts, event.counts, strict=True) if e not in present]

@@ -50,7 +50,7 @@ class SimReport:
         belady, belady_mandatory: hit rates of the clairvoyant cache that may let experts pass through, and of
             the one that must keep an event's experts; no prefetching, one pool.
         of_belady: hits of experts that no prefetch had brought, as a share of those of ``belady``; None with
-            a prefetcher, which plays another game.
+            a prefetcher or a second precision, which play another game.
         misses_per_token: experts fetched or computed in place per token.
         pressure: distinct experts per event as a share of the slots of one layer.
         stall_seconds: by cause. ``seconds`` and ``tokens_per_second`` of the whole; None if nothing takes
@@ -126,7 +126,7 @@ def make_report(policy: str, setup: Setup, run: Run, bounds: Bounds) -> SimRepor
         policy=policy,
         slots=slots,
         rho=slots / setup.geometry.active_experts,
-        exact=bool(setup.levels[0].policy.exact),
+        exact=bool(setup.levels[0].policy.exact) and (setup.copies is None or setup.copies.rule.exact),
         tokens=tokens,
         hit_rate=rate,
         selection_hit_rate=picked[0] / sum(picked) if sum(picked) else None,
@@ -149,7 +149,7 @@ def make_report(policy: str, setup: Setup, run: Run, bounds: Bounds) -> SimRepor
 
 
 def _share(setup: Setup, kept: int, best: int) -> float | None:
-    return kept / best if best and setup.prefetcher is None else None
+    return kept / best if best and setup.prefetcher is None and setup.copies is None else None
 
 
 def _pressure(distinct: int, events: int, slots_per_layer: float) -> float:
@@ -180,9 +180,9 @@ def _floor(setup: Setup, run: Run, bounds: Bounds) -> float:
     """Seconds that nothing can save: what is computed anyway, or the fewest bytes over a link.
 
     Slots of all tiers together stand between the last link and the device. Experts that the CPU pool computes
-    where they lie need no transfer, so with such a pool bytes give no floor.
+    where they lie need no transfer, nor do experts that are left out, so with these bytes give no floor.
     """
-    if setup.in_place is not None:
+    if setup.in_place is not None or setup.copies is not None:
         return run.counters.compute_seconds
     floors = [run.counters.compute_seconds]
     slots = 0

@@ -6,21 +6,23 @@ admitted. Replaying one access at a time instead inflates recency policies and c
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gangline.core.errors import UsageError
 from gangline.core.events import RoutingEvent
 from gangline.core.forecast import Forecast
 from gangline.core.geometry import MoEGeometry
-from gangline.core.keys import ExpertKey
-from gangline.core.tiers import Priority
+from gangline.core.keys import ExpertKey, low_copy
+from gangline.core.precision import Precision
 from gangline.traces.simulator.counters import Counters
+from gangline.traces.simulator.event_runs import EventRun, EventRuns
 from gangline.traces.simulator.level import Level, LevelSpec
-from gangline.traces.simulator.link import Transfer
 from gangline.traces.simulator.machine import SimMachine
 
 if TYPE_CHECKING:
+    from gangline.policies.caches import CachePolicy
+    from gangline.policies.precision import PrecisionPolicy
     from gangline.policies.predictors import Predictor
     from gangline.policies.prefetch import Prefetcher
 
@@ -30,6 +32,23 @@ class InPlace(Protocol):
 
     def choose(self, event: RoutingEvent, missing: Sequence[int]) -> Sequence[int]:
         """Return some of ``missing``."""
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Copies of all experts in low precision, which come over the link of the only tier.
+
+    Attributes:
+        rule: says which expert of an event is computed how; events carry what it needs.
+        slots: of copies.
+        policy: of their slots; it sees layers behind the model's last.
+        nbytes: of one copy, for each layer.
+    """
+
+    rule: "PrecisionPolicy"
+    slots: int
+    policy: "CachePolicy"
+    nbytes: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -50,6 +69,7 @@ class Setup:
             slots free. One token takes all that are there.
         in_place: which misses the CPU pool computes; needs ``machine.in_place``.
         embed: the model's embeddings ``[T, D]`` of token ids, for predictors that read them.
+        copies: experts have copies in low precision, with slots of their own; None if they have none.
     """
 
     geometry: MoEGeometry
@@ -62,6 +82,7 @@ class Setup:
     run_experts: int = 1
     in_place: InPlace | None = None
     embed: Callable[[Sequence[int]], Any] | None = None
+    copies: Copies | None = None
 
 
 @dataclass
@@ -94,13 +115,17 @@ def simulate(setup: Setup, events: Iterable[RoutingEvent]) -> Run:
         raise UsageError("a simulation needs at least one tier of slots")
     if setup.in_place is not None and setup.machine.in_place is None:
         raise UsageError("computing misses in place needs the pool's costs; give machine.in_place")
-    simulation = _Simulation(setup)
+    if setup.copies is not None and (len(setup.levels) > 1 or setup.in_place is not None):
+        raise UsageError("two precisions are simulated with one tier of slots and without a CPU pool")
+    simulation = Simulation(setup)
     for event in events:
         simulation.event(event)
     return simulation.finish()
 
 
-class _Simulation:
+class Simulation:
+    """The state of a run: the clock, the slots, what is queued."""
+
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.now = 0.0
@@ -110,6 +135,12 @@ class _Simulation:
             below = Level(spec, setup.expert_bytes, below)
         assert below is not None
         self.top = below
+        self.low: Level | None = None
+        if setup.copies is not None:
+            copies, first = setup.copies, setup.levels[0]
+            spec = replace(first, slots=copies.slots, policy=copies.policy, bypass=False)
+            nbytes = [*setup.expert_bytes, *copies.nbytes]
+            self.low = Level(spec, nbytes, None, self.top.link)
         self.step: int | None = None
         self.request: int | None = None
         self.queued: set[ExpertKey] = set()
@@ -127,13 +158,58 @@ class _Simulation:
         start = self.now
         self._compute(self.setup.machine.layer(event.tokens))
         self._drop_stale(event)
-        late = sum(self._late(ExpertKey(event.layer, e)) for e in event.experts)
-        fetched = sum(ExpertKey(event.layer, e) in self.top.prefetched for e in event.experts)
+        runs = self._one_part(event) if self.low is None else self._two_parts(event, self.low)
+        EventRuns(self, event, runs).go()
+        self.counters.phases[event.phase].seconds += self.now - start
+
+    def _one_part(self, event: RoutingEvent) -> list[EventRun]:
+        """Decide the hits of an event."""
+        late, fetched = self._before(self.top, event)
         hits = set(self.top.note(event))
+        self.counters.phases[event.phase].count(event, hits, late, fetched)
+        return [EventRun(self, self.top, event, hits)]
+
+    def _two_parts(self, event: RoutingEvent, low: Level) -> list[EventRun]:
+        """Divide an event as the engine does, and decide the hits of both parts."""
+        assert self.setup.copies is not None
+        layers = len(self.setup.geometry.layers)
+        resident = {}
+        for expert in event.experts:
+            key = ExpertKey(event.layer, expert)
+            if self.top.holds(key):
+                resident[expert] = Precision.HIGH
+            elif low.holds(low_copy(key, layers)):
+                resident[expert] = Precision.LOW
+        chosen = self.setup.copies.rule.choose(event, resident)
         counts = self.counters.phases[event.phase]
-        counts.count(event, hits, late, fetched)
-        _EventRun(self, event, hits).go()
-        counts.seconds += self.now - start
+        counts.note(event)
+        counts.skipped += sum(how is Precision.SKIP for how in chosen.values())
+        runs = []
+        for level, wanted in ((self.top, Precision.HIGH), (low, Precision.LOW)):
+            whole = event if level is self.top else replace(event, layer=layers + event.layer)
+            mine = [(e, n) for e, n in zip(event.experts, event.counts, strict=True) if chosen[e] is wanted]
+            part = replace(whole, experts=tuple(e for e, _ in mine), counts=tuple(n for _, n in mine))
+            late, fetched = self._before(level, part)
+            hits = set(level.note(part, whole, chosen))
+            counts.count_event(part, hits, late, fetched, wanted is Precision.LOW)
+            runs.append(EventRun(self, level, part, hits))
+        return runs
+
+    def _before(self, level: Level, event: RoutingEvent) -> tuple[int, int]:
+        """Return how many experts of an event are still on their way, and how many a prefetch brought."""
+        level.link.advance(self.now)
+        keys = [ExpertKey(event.layer, expert) for expert in event.experts]
+        return sum(level.coming(key) for key in keys), sum(key in level.prefetched for key in keys)
+
+    def level_of(self, key: ExpertKey) -> Level:
+        """Return the tier that serves an expert, or a copy in low precision."""
+        if self.low is not None and key.layer >= len(self.setup.geometry.layers):
+            return self.low
+        return self.top
+
+    def holds(self, key: ExpertKey) -> bool:
+        """Whether an expert, or a copy, has a slot."""
+        return self.level_of(key).holds(key)
 
     def finish(self) -> Run:
         """End the last pass and sequence."""
@@ -146,11 +222,12 @@ class _Simulation:
             level.close()
             levels.append(level)
             level = level.below
+        if self.low is not None:  # reported as one tier, whose link they share
+            self.low.close()
+            self.top.evictions += self.low.evictions
+            self.top.useful_bytes += self.low.useful_bytes
+            self.top.wasted_bytes += self.low.wasted_bytes
         return Run(self.counters, levels, self.now)
-
-    def _late(self, key: ExpertKey) -> bool:
-        self.top.link.advance(self.now)
-        return self.top.coming(key)
 
     def _compute(self, seconds: float) -> None:
         self.now += seconds
@@ -199,15 +276,17 @@ class _Simulation:
         while level is not None:
             yield level
             level = level.below
+        if self.low is not None:
+            yield self.low
 
     def _drop_stale(self, event: RoutingEvent) -> None:
         """Reads for this layer that its router did not ask for lose their turn."""
         prefetcher = self.setup.prefetcher
         if prefetcher is None or not self.queued:
             return
-        for key in prefetcher.stale(event, self.queued):
-            self.top.postpone(key, self.now)
-        self.queued = {key for key in self.queued if key.layer != event.layer}
+        stale, self.queued = prefetcher.after_routing(event, self.queued, len(self.setup.geometry.layers))
+        for key in stale:
+            self.level_of(key).postpone(key, self.now)
 
     def forecast(self, event: RoutingEvent) -> None:
         """Let the predictors see an event all of whose misses are requested."""
@@ -222,165 +301,11 @@ class _Simulation:
         prefetcher = self.setup.prefetcher
         if prefetcher is None:
             return
-        room = prefetcher.room(self.top.spec.slots, self._top_k, len(self.queued))
+        slots = self.top.spec.slots + (0 if self.low is None else self.low.spec.slots)
+        room = prefetcher.room(slots, self._top_k, len(self.queued))
         if not room:
             return
-        for fetch in prefetcher.plan(forecasts, self.top.holds, room):
-            if not self.top.holds(fetch.key) and self.top.request(fetch.key, fetch.priority, self.now):
-                self.queued.add(fetch.key)
-
-
-@dataclass
-class _EventRun:
-    """The experts of one event, computed as their bytes come; mirrors the engine's lease of an event.
-
-    A single token takes hits first and misses as they arrive. Several tokens take experts in ascending id,
-    which streams a prompt through few slots; hits that come later are spared.
-    """
-
-    simulation: _Simulation
-    event: RoutingEvent
-    hits: set[int]
-    waiting: list[int] = field(default_factory=list)
-    missing: list[int] = field(default_factory=list)
-    spared: set[int] = field(default_factory=set)
-    slotless: dict[int, Transfer] = field(default_factory=dict)
-    pool_done: float = 0.0
-    told: bool = False
-
-    def go(self) -> None:
-        """Compute all experts of the event."""
-        simulation, event = self.simulation, self.event
-        counts = dict(zip(event.experts, event.counts, strict=True))
-        in_order = event.tokens > 1
-        in_place = self._in_place(counts)
-        self.missing = [e for e in event.experts if e not in in_place]
-        if in_order:
-            self.spared = self.hits.copy()
-        else:
-            self.missing = [e for e in self.missing if e not in self.hits]
-            for expert in sorted(self.hits):
-                self._hold(expert)
-        self._request_missing()
-        self._tell()
-        while self.waiting or self.missing or self.slotless:
-            experts = self._take_ready(in_order)
-            self._tell()
-            for expert in experts:
-                simulation.compute_expert(counts[expert])
-            for expert in experts:
-                if expert in self.slotless:
-                    del self.slotless[expert]
-                else:
-                    simulation.top.release(ExpertKey(event.layer, expert))
-            self._request_missing()
-            self._read_next_layer()
-        if self.pool_done > simulation.now:
-            self._stall("in_place", self.pool_done)
-        simulation.top.link.slow = False
-
-    def _tell(self) -> None:
-        """Let predictors see the event once all its misses are requested, so that no prefetch delays one."""
-        if not self.told and not self.missing:
-            self.told = True
-            self.simulation.forecast(self.event)
-
-    def _in_place(self, counts: dict[int, int]) -> set[int]:
-        """Hand some misses to the CPU pool, which works beside the device."""
-        simulation = self.simulation
-        chooser, cost = simulation.setup.in_place, simulation.setup.machine.in_place
-        missing = [expert for expert in self.event.experts if expert not in self.hits]
-        if chooser is None or cost is None or not missing:
-            return set()
-        chosen = set(chooser.choose(self.event, missing)).intersection(missing)
-        if chosen:
-            self.pool_done = simulation.now + sum(cost(counts[expert]) for expert in chosen)
-            simulation.counters.in_place += len(chosen)
-            simulation.top.link.slow = True
-        return chosen
-
-    def _take_ready(self, in_order: bool) -> list[int]:
-        """Return experts to compute now, at least one; wait if no bytes are there."""
-        simulation, top, layer = self.simulation, self.simulation.top, self.event.layer
-        self._request_missing()
-        most = simulation.setup.run_experts if in_order else len(self.event.experts)
-        if self.missing:
-            most = min(most, max(1, len(self.waiting) // 2))
-        top.link.advance(simulation.now)
-        if self.waiting and (in_order or self.missing):
-            taken, self.waiting = self.waiting[:most], self.waiting[most:]
-            for expert in taken:
-                self._wait(expert, top.transfer(ExpertKey(layer, expert)))
-            return taken
-        transfers = {e: top.transfer(ExpertKey(layer, e)) for e in self.waiting} | self.slotless
-        candidates = list(transfers)
-        there = [e for e in candidates if _there(transfers[e], simulation.now)]
-        if not there:
-            first = top.link.finish_first([t for e in candidates if (t := transfers[e]) is not None])
-            expert = next(e for e in candidates if transfers[e] is first)
-            self._wait(expert, first)
-            there = [expert]
-        taken = there[:most]
-        self.waiting = [expert for expert in self.waiting if expert not in taken]
-        return taken
-
-    def _wait(self, expert: int, transfer: Transfer | None) -> None:
-        """Wait for the bytes of an expert."""
-        if transfer is not None:
-            done = self.simulation.top.link.finish(transfer)
-            self._stall("late" if expert in self.hits else "demand", done)
-
-    def _stall(self, cause: str, until: float) -> None:
-        waited = max(0.0, until - self.simulation.now)
-        self.simulation.counters.stall_seconds[cause] += waited
-        self.simulation.now += waited
-
-    def _request_missing(self) -> None:
-        """Give slots to as many misses as can have one now."""
-        simulation, top = self.simulation, self.simulation.top
-        while self.missing:
-            expert = self.missing[0]
-            key = ExpertKey(self.event.layer, expert)
-            if not top.holds(key):
-                if top.wants_bypass(key):
-                    self.slotless[expert] = top.pass_through(key, simulation.now)
-                    simulation.counters.bypassed += 1
-                    self.missing.pop(0)
-                    continue
-                stuck = not self.waiting and not self.slotless
-                if not top.request(key, Priority.DEMAND, simulation.now, must=stuck, spared=self.spared):
-                    return
-            self._hold(expert)
-            self.missing.pop(0)
-
-    def _hold(self, expert: int) -> None:
-        self.simulation.top.lease(ExpertKey(self.event.layer, expert))
-        self.waiting.append(expert)
-        self.spared.discard(expert)
-
-    def _read_next_layer(self) -> None:
-        """As the engine: across the next layer's attention, where a prompt will use all experts."""
-        setup, top, event = self.simulation.setup, self.simulation.top, self.event
-        following = event.layer + 1
-        layers = setup.geometry.layers
-        if (
-            setup.dense_prefetch is None
-            or event.phase == "decode"
-            or event.tokens == 1
-            or self.missing
-            or following >= len(layers)
-            or event.tokens * layers[following].top_k < setup.dense_prefetch * layers[following].experts
-        ):
-            return
-        everyone = range(layers[following].experts)
-        for expert in everyone:
-            key = ExpertKey(following, expert)
-            if not top.holds(key) and not top.request(
-                key, Priority.PREFETCH, self.simulation.now, spared=everyone
-            ):
-                return
-
-
-def _there(transfer: Transfer | None, now: float) -> bool:
-    """Whether all bytes have come by ``now``."""
-    return transfer is None or (transfer.done is not None and transfer.done <= now)
+        for fetch in prefetcher.plan(forecasts, self.holds, room):
+            key = fetch.what(len(self.setup.geometry.layers))
+            if not self.holds(key) and self.level_of(key).request(key, fetch.priority, self.now):
+                self.queued.add(key)
