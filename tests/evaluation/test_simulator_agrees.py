@@ -40,8 +40,8 @@ def hits(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Hits, Hits]]:
         live.append((event.layer, event.phase, event.experts, tuple(sorted(present))))
         count(self, event, present)
 
-    def noted(self: Level, event: RoutingEvent) -> tuple[int, ...]:
-        found = note(self, event)
+    def noted(self: Level, event: RoutingEvent, *of_two: Any) -> tuple[int, ...]:
+        found = note(self, event, *of_two)
         simulated.append((event.layer, event.phase, event.experts, found))
         return found
 
@@ -65,9 +65,13 @@ def uneven_disk(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
 def unrounded(model: Any, trace: Trace, pieces: Sequence[Piece]) -> Trace:
     """The trace with inputs and logits as the engine sees them: files hold 16 bits, which near ties feel."""
     kept: list[list[Tensor]] = [[] for _ in trace.layers]
-    with model.gangline.observed(
-        lambda layer, x_TD, _ids, _weights: kept[layer].append(x_TD.float().clone())
-    ):
+    weights: list[list[Tensor]] = [[] for _ in trace.layers]
+
+    def keep(layer: int, x_TD: Tensor, _ids: Tensor, weights_TK: Tensor) -> None:
+        kept[layer].append(x_TD.float().clone())
+        weights[layer].append(weights_TK.float().clone())
+
+    with model.gangline.observed(keep):
         run_live(model, pieces)
     parts = model_parts(model)
     assert parts.gates is not None
@@ -76,7 +80,10 @@ def unrounded(model: Any, trace: Trace, pieces: Sequence[Piece]) -> Trace:
         # Pass by pass, as the engine asks: a product over other rows may round otherwise.
         scores_RE = np.concatenate([parts.gates[number](x_TD) for x_TD in kept[number]])
         inputs_RD = torch.cat(kept[number]).numpy()
-        layers[number] = replace(trace.layer(number), inputs_RD=inputs_RD, logits_RN=np.log(scores_RE))
+        weights_RK = torch.cat(weights[number]).numpy()
+        layers[number] = replace(
+            trace.layer(number), inputs_RD=inputs_RD, logits_RN=np.log(scores_RE), weights_RK=weights_RK
+        )
     return Trace(trace.header, trace.documents, trace.tokens, layers, name=trace.name)
 
 
@@ -115,3 +122,42 @@ def test_every_exact_composition(
             # What was read ahead and dropped may have begun or not; what was waited for is the same.
             demanded = runtime.store.stats.bytes_read["demand"] - before
             assert report.levels[0].bytes_moved["demand"] == demanded, name
+
+
+@pytest.mark.parametrize(("policy", "slots"), [("hobbit", 9), ("lru", 14), ("layer-lru", 7)])
+def test_two_precisions(
+    policy: str, slots: int, hits: tuple[Hits, Hits], uneven_disk: None, seed: int, tmp_path: Path
+) -> None:
+    """Which copies of which experts have slots, how each expert is computed, and what is read for it."""
+    tiny_model("olmoe", seed=seed, dtype=torch.float32).eval().save_pretrained(tmp_path / "m")
+    pieces = cut_pieces(None, VOCABULARY, [], prompt=10, following=6, count=3)
+    live, simulated = hits
+    name = policy
+    if policy != "hobbit":
+        scope = "layer" if policy == "layer-lru" else "global"
+        name = str(tmp_path / "mixed.yaml")
+        rule = "{name: HobbitPrecision, high: 0.3, low: 0.7, share: 0.4, bits: int2}"
+        Path(name).write_text(f"like: hobbit\ncache: {policy}\nscope: {scope}\nprecision: {rule}\n")
+    loaded = gangline.load(tmp_path / "m", progress=False, expert_slots=slots, policy=name, mode="mixed")
+    with loaded.gangline as runtime:
+        trace = record_pieces(loaded, "tiny", pieces, tmp_path / "trace")
+        runtime.use_policy(name, mode="mixed")  # what was computed depends on what was there: once more
+        live.clear()
+        simulated.clear()
+        before = replace(runtime.store.stats, bytes_read=dict(runtime.store.stats.bytes_read))
+        trace = unrounded(loaded, trace, pieces)
+        after = runtime.store.stats
+        of_both = tuple(
+            sum(count for _, count, _ in pool) for pool in (runtime.plan.slots, runtime.plan.low_slots)
+        )
+        settings = SimulationSettings(
+            (), (str(slots),), systems=(name,), oracles=(), link=1e8, slots_of_both=of_both
+        )
+        report = simulate_trace(trace, settings, model=model_parts(loaded)).rows[0]
+    assert live == simulated[: len(live)]
+    for count in ("hits", "misses", "low_hits", "low_misses", "skipped"):
+        counted = sum(phase[count] for phase in report.phases.values())
+        assert counted == getattr(after, count) - getattr(before, count), count
+    demanded = after.bytes_read["demand"] - before.bytes_read["demand"]
+    assert report.levels[0].bytes_moved["demand"] == demanded
+    assert after.low_hits + after.low_misses > 0

@@ -1,23 +1,14 @@
 """HOBBIT's two precisions in the engine: what is computed, what it costs, and who must allow it."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import gangline
-from gangline.core.errors import UsageError
-from gangline.core.events import RoutingDetail, RoutingEvent
-from gangline.core.keys import ExpertKey, low_copy
-from gangline.core.precision import Precision
-from gangline.kernels.grouping import group_by_expert
-from gangline.policies.precision import HobbitPrecision
-from gangline.runtime.mixed import MixedPrecision
-from tiny_models import EXPERTS, VOCABULARY, tiny_model
+from tiny_models import VOCABULARY, tiny_model
 
 GREEDY: dict[str, Any] = {
     "max_new_tokens": 8,

@@ -75,6 +75,11 @@ def _show(out: Output, report: "CheckReport") -> None:
     out.show(f"compared with: {report.baseline}")
     out.show(f"reference: {report.reference}{tolerance}")
     verdict = "passed" if report.passed else "NOT PASSED"
+    if report.passed and report.approximate is not None:
+        verdict = "approximate, not exact"
+        same = sum(case.same_tokens for case in report.cases) / len(report.cases)
+        worst = max(case.max_abs_logit_diff for case in report.cases)
+        out.show(f"{report.approximate}: {same:.1%} of the tokens the same, logits off by up to {worst:.3g}")
     out.show(f"{verdict}: {report.model}, {report.dtype}, experts {report.precision}")
 
 
@@ -86,7 +91,7 @@ def _cells(case: "Case") -> tuple[str, ...]:
         str(case.expert_slots),
         case.cache,
         str(case.batch),
-        "yes" if case.identical else f"NO, {case.max_abs_logit_diff:.3g}",
+        "yes" if case.identical else f"NO, {case.max_abs_logit_diff:.3g}, {case.same_tokens:.0%} of tokens",
         same[case.reference_tokens_equal],
         "-" if off is None else f"{off:.3g}",
         str(case.misses),

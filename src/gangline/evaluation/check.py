@@ -81,6 +81,7 @@ def check_model(
         progress: called with the name of each step as it begins.
         loading: passed on to :func:`gangline.runtime.load.load_model` (``precision``, ``dtype``, ``threads``,
             ``io``). With an approximate precision the plain model is compared too but cannot fail the check.
+            With ``mode="mixed"`` budgets may differ as well: the report then says by how much.
 
     Raises:
         GanglineError: the model cannot be loaded.
@@ -99,18 +100,20 @@ def check_model(
     if most is not None:
         baseline = f"{most} of {total} experts in memory, the most that this machine has room for"
     say(baseline)
-    with _loaded(**loading, expert_slots=_EVERY if most is None else most) as ours:
+    exact = loading | ({"policy": "default", "mode": "hint"} if loading.get("mode") == "mixed" else {})
+    with _loaded(**exact, expert_slots=_EVERY if most is None else most) as ours:
         prompts = _prompts(ours, load_tokenizer(checkpoint), settings)
         resident = recorded_runs(ours, layers, prompts, settings.new_tokens, apart=True)
         budgets = _budgets(settings.shares, ours.gangline, most)
     reference = (
         run_reference(opened, checkpoint, prompts, settings.new_tokens, say) if settings.reference else OFF
     )
-    cases = []
+    cases, changed = [], None
     for name, slots, cache_seed in _runs(budgets, settings.cache_seeds):
         cache = "default" if cache_seed is None else f"random {cache_seed}"
         say(f"{name}: {slots} experts in memory, cache {cache}")
         with _loaded(**loading, expert_slots=slots, cache_seed=cache_seed) as ours:
+            changed = ours.gangline.stats().approximate or changed
             for batch, ids_BP in prompts.items():
                 before = ours.gangline.stats().host_misses
                 found = generate_greedy(ours, ids_BP, settings.new_tokens)
@@ -129,6 +132,7 @@ def check_model(
         reference_passed=agrees if precision == "stored" else None,
         flips=flips,
         cases=tuple(cases),
+        approximate=changed,
     )
 
 
@@ -199,4 +203,5 @@ def _case(
         reference_max_abs_logit_diff=to_plain.max_abs_logit_diff if to_plain else None,
         divergences=to_plain.divergences if to_plain else (),
         misses=misses,
+        same_tokens=float((found.tokens_BN == resident.tokens_BN).float().mean()),
     )

@@ -9,18 +9,22 @@ from typing import Any, Literal
 from gangline.core.errors import GanglineError, UsageError
 from gangline.core.events import Need, Phase, RoutingEvent
 from gangline.core.sizes import format_size, parse_size
+from gangline.formats import get_codec
 from gangline.policies.caches import CachePolicy, make_cache
 from gangline.policies.caches.static_hot import hottest
-from gangline.policies.compositions import COMPOSITIONS, Composition, find_composition, require_exact
+from gangline.policies.compositions import COMPOSITIONS, Composition, find_composition, make_precision
 from gangline.policies.parts import Material, build_parts
+from gangline.policies.precision import divide_slots, low_precision
 from gangline.policies.predictors.next_gate import Gate
 from gangline.policies.predictors.oracle import Oracle
 from gangline.policies.prefetch import WholeSet
 from gangline.runtime.event_rules import DENSE_PAIRS_PER_EXPERT, RUN_EXPERTS
+from gangline.runtime.opened import codec_of
 from gangline.traces import Trace
 from gangline.traces.replay import expert_tokens, one_by_one
 from gangline.traces.simulator import (
     Bounds,
+    Copies,
     LevelSpec,
     Line,
     Setup,
@@ -30,6 +34,8 @@ from gangline.traces.simulator import (
     make_report,
     simulate,
 )
+
+_PAGE = 4096
 
 ALL = "all"
 """As the only system: every exact composition that can be built."""
@@ -55,6 +61,8 @@ class SimulationSettings:
         calibration: another trace, from which ``static-hot`` takes its experts.
         systems: compositions, by name or ``.yaml`` file: cache, predictor and prefetch together. ``all``
             takes every exact one that can be built and notes the others.
+        slots_of_both: slots of experts and of their copies in low precision, for systems that have both;
+            None divides the capacity.
     """
 
     policies: Sequence[str]
@@ -70,6 +78,7 @@ class SimulationSettings:
     tokens: int | None = None
     calibration: Trace | None = None
     systems: Sequence[str] = ()
+    slots_of_both: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -219,7 +228,17 @@ class _Bench:
 
     def system(self, name: str, found: Composition, slots: int) -> SimReport:
         """Simulate cache, predictor and prefetch of a composition."""
-        parts = build_parts(found, self.material, slots)
+        copies = None
+        if found.precision is not None:
+            nbytes = copy_bytes(found, self.events.trace)
+            layers = len(nbytes)
+            slots, low = self.settings.slots_of_both or self._divided(found, slots, max(nbytes))
+            pools = [(slots, range(layers)), (low, range(layers, 2 * layers))]
+            parts = build_parts(found, self.material, pools)
+            assert parts.precision is not None
+            copies = Copies(parts.precision, low, parts.caches[1], nbytes)
+        else:
+            parts = build_parts(found, self.material, slots)
         predictors = () if parts.predictor is None else (parts.predictor,)
         setup = replace(
             self.base,
@@ -227,8 +246,15 @@ class _Bench:
             predictors=predictors,
             prefetcher=parts.prefetcher,
             embed=self.embed,
+            copies=copies,
         )
         return self._run(name, setup, parts.needs)
+
+    def _divided(self, found: Composition, slots: int, low_bytes: int) -> tuple[int, int]:
+        """Divide a capacity between experts and their copies, with whole pages for each as in the engine."""
+        share, total = make_precision(found).share, self.base.geometry.total_experts
+        high, low = (-(-size // _PAGE) * _PAGE for size in (max(self.base.expert_bytes), low_bytes))
+        return divide_slots(slots, high, low, share, total)
 
     def clairvoyant(self, ahead: int | None, slots: int) -> SimReport:
         """Simulate Belady's cache, with an oracle that reads ``ahead`` events ahead."""
@@ -255,6 +281,30 @@ class _Bench:
         return make_report(name, setup, run, self.events.bounds)
 
 
+def copy_bytes(found: Composition, trace: Trace) -> list[int]:
+    """Return the bytes of a copy in low precision of an expert of each layer of a trace's model.
+
+    Raises:
+        UsageError: it is no smaller than the expert.
+    """
+    header, mixed = trace.header, make_precision(found)
+    layers = header.geometry.layers
+    bits = 8 * sum(header.expert_bytes) / sum(layer.expert_params for layer in layers)
+    name = mixed.bits or low_precision(bits)
+    codec = codec_of(name)
+    sizes = []
+    for layer, full in zip(layers, header.expert_bytes, strict=True):
+        wide, narrow = (layer.intermediate, layer.hidden), (layer.hidden, layer.intermediate)
+        form = None if codec is None else get_codec(codec)
+        nbytes = full if form is None else (layer.matrices - 1) * form.nbytes(wide) + form.nbytes(narrow)
+        if nbytes >= full:
+            raise UsageError(
+                f"copies in {name} are no smaller than the experts of {header.model}; lower bits"
+            )
+        sizes.append(nbytes)
+    return sizes
+
+
 def _material(
     trace: Trace,
     settings: SimulationSettings,
@@ -272,10 +322,7 @@ def _material(
 def _systems(names: Sequence[str], bench: _Bench) -> tuple[list[tuple[str, Composition]], list[str]]:
     """Return the compositions to simulate, and what is to be said of those that ``all`` leaves out."""
     if list(names) != [ALL]:
-        found = [(name, find_composition(name)) for name in names]
-        for name, one in found:
-            require_exact(name, one)
-        return found, []
+        return [(name, find_composition(name)) for name in names], []
     systems, notes = [], []
     for name, one in COMPOSITIONS.items():
         if not one.exact:

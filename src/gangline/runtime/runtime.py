@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import psutil
 from torch import Tensor, nn
@@ -145,23 +145,28 @@ class Runtime:
             codecs = "+".join(self.plan.low_codecs)
             self._mixed = f"experts not in memory may be computed in {codecs} or left out"
         if not self.idle:
-            self._stop_policy = start_policy(
-                self._model, self.view, self._engine, self.store, parts, self.plan.experts_resident
-            )
+            slots = self.plan.experts_resident + sum(count for _, count, _ in self.plan.low_slots)
+            self._stop_policy = start_policy(self._model, self.view, self._engine, self.store, parts, slots)
 
-    def use_policy(self, policy: str, predictor: str | None = None) -> None:
-        """Go on under another composition, with an empty cache. The answers stay the same.
+    def use_policy(
+        self, policy: str, predictor: str | None = None, mode: Literal["hint", "mixed"] = "hint"
+    ) -> None:
+        """Go on under another composition, with an empty cache. In mode ``hint`` the answers stay the same.
 
         Args:
             policy: a name, or a ``.yaml`` file.
             predictor: what it learned: a file of ``gangline predict train``, or a trace.
+            mode: ``mixed`` lets the composition compute experts in low precision; the model must have been
+                loaded in that mode, since copies need slots.
 
         Raises:
-            UsageError: the composition is not known, or its parts cannot be made.
+            UsageError: the composition is not known, its parts cannot be made, or there are no copies.
             StoreError: the model is computing.
         """
-        choice = asked_policy(policy, predictor)
+        choice = asked_policy(policy, predictor, mode)
         assert choice is not None
+        if mode == "mixed" and not self.plan.low_slots and not self.idle:
+            raise UsageError(f"there are no slots for a second precision; load the model with {policy}")
         parts = live_parts(choice, self.view, self.plan)
         if not self.idle:
             self.store.use_policies(parts.caches)
