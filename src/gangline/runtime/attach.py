@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gangline.checkpoint.pack import open_pack, write_pack
+from gangline.checkpoint.recode import recode_layout
 from gangline.core.errors import UsageError
 from gangline.core.home import cache_dir
 from gangline.core.layout import ExpertCatalog, ExpertLayout
@@ -25,15 +27,17 @@ from gangline.models import (
     restore_expert_params,
     stored_fields,
 )
+from gangline.policies.compositions import make_precision
 from gangline.runtime.arrival import slot_layout
+from gangline.runtime.copies import measure_copies, precision_of_copies
 from gangline.runtime.files import ALIGN
-from gangline.runtime.footprint import Footprint, measure_footprint
+from gangline.runtime.footprint import Copies, Footprint, measure_footprint
 from gangline.runtime.hash_execution import execute_predictions
 from gangline.runtime.load import run_from_store
 from gangline.runtime.opened import codec_of, largest_reads
 from gangline.runtime.options import LoadOptions, plan_request
 from gangline.runtime.planner import DEFAULT_CONTEXT, make_plan
-from gangline.runtime.policy_choice import DEFAULT, asked_policy
+from gangline.runtime.policy_choice import DEFAULT, PolicyChoice, asked_policy
 from gangline.runtime.runtime import Runtime
 from gangline.runtime.scratch import native_scratch
 
@@ -70,7 +74,7 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
             layer).
         options: the fields of :class:`~gangline.runtime.options.LoadOptions` that say where experts lie:
             ``memory``, ``precision``, ``ctx_size``, ``batch_tokens``, ``expert_slots``, ``cache_seed``,
-            ``policy``, ``predictor``, ``io``, ``threads``.
+            ``policy``, ``predictor``, ``mode``, ``io``, ``threads``.
 
     Raises:
         ConformanceError, UnsupportedModelError: the model is not understood.
@@ -99,10 +103,12 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
     try:
         stored = write_pack(source, folder / "stored", key="stored")
         catalog = stored if codec is None else write_pack(source, folder / codec, key=codec, codec=codec)
+        low = _copies(model, view, source, catalog, policy)
+        copies = None if low is None else write_pack(source, folder / "low", key=low[0], codec=low[0])
         for block in view.blocks:
             drop_expert_params(block)
             dropped.append(block)
-        footprint = _footprint(model, view, catalog)
+        footprint = replace(_footprint(model, view, catalog), copies=None if low is None else low[1])
         request = plan_request(
             asked,
             model.config,
@@ -120,6 +126,7 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
             cache_seed=asked.cache_seed,
             progress=asked.progress,
             policy=policy,
+            low=copies if plan.low_slots else None,
         )
     except BaseException:
         _restore(dropped, folder, dtype)
@@ -131,6 +138,18 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
     if asked.mode == "execute":
         execute_predictions(model, policy)
     return runtime
+
+
+def _copies(
+    model: PreTrainedModel, view: MoEView, source: ModuleSource, catalog: ExpertCatalog, policy: PolicyChoice
+) -> tuple[str, Copies] | None:
+    """Return codec and sizes of copies in low precision, if the policy has any."""
+    if policy.composition.precision is None:
+        return None
+    mixed = make_precision(policy.composition)
+    codec = codec_of(precision_of_copies(view, catalog.layouts, mixed))
+    low = [recode_layout(layout, codec) for layout in source.layouts]
+    return measure_copies(view, catalog.layouts, low, codec, mixed, model.dtype)
 
 
 def _footprint(model: PreTrainedModel, view: MoEView, catalog: ExpertCatalog) -> Footprint:

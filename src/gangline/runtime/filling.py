@@ -11,7 +11,7 @@ from gangline.models import MoEView
 from gangline.policies.caches import CachePolicy
 from gangline.runtime.arrival import slot_layout
 from gangline.runtime.files import ExpertFiles, IOMode
-from gangline.runtime.opened import largest_reads
+from gangline.runtime.opened import read_sizes
 from gangline.runtime.planner import MemoryPlan
 from gangline.runtime.policy_choice import DEFAULT
 from gangline.runtime.policy_setup import live_parts
@@ -77,7 +77,7 @@ def wait_for_all(store: ExpertStore, catalog: ExpertCatalog, progress: bool | No
 def _pools(
     plan: MemoryPlan, catalog: ExpertCatalog, align: int, policies: Sequence[CachePolicy]
 ) -> tuple[list[SlotPool], list[int]]:
-    needed = largest_reads(catalog, align)
+    needed = read_sizes(catalog, align)
     pool_of_layer = [0] * len(needed)
     pools: list[SlotPool] = []
     for (size, count, layers), policy in zip(plan.pools, policies, strict=True):

@@ -20,8 +20,9 @@ from gangline.core.layout import ExpertCatalog, ExpertLayout
 from gangline.formats import codec_names
 from gangline.kernels.cpu.native_kernel import NativeKernel
 from gangline.models import MoEView, expert_math
-from gangline.policies.precision import Mixed, low_precision
+from gangline.policies.precision import Mixed
 from gangline.runtime.arrival import slot_layout
+from gangline.runtime.copies import measure_copies, precision_of_copies
 from gangline.runtime.dense import (
     build_skeleton,
     load_dense,
@@ -160,23 +161,9 @@ class OpenedModel:
             UsageError: there is no such precision, or it takes no fewer bytes.
         """
         high = self.layouts(codec_of(precision))
-        params = [block.geometry.expert_params for block in self.view.blocks]
-        bits = 8 * sum(layout.nbytes for layout in high) / sum(params)
-        name = mixed.bits or low_precision(bits)
+        name = precision_of_copies(self.view, high, mixed)
         codec = codec_of(name)
-        layouts = self.layouts(codec)
-        if codec is None or any(a.nbytes >= b.nbytes for a, b in zip(layouts, high, strict=True)):
-            raise UsageError(
-                f"copies in {name} are no smaller than the experts of {self.name} ({bits:.3g} bits each); "
-                "give bits a lower precision, or choose a policy without a second one"
-            )
-        return codec, Copies(
-            slots=tuple(_up(layout.nbytes, ALIGN) for layout in layouts),
-            share=mixed.share,
-            codecs=tuple(sorted({field.codec for layout in layouts for field in layout.fields})),
-            kernel=2 * max(params) * self.dtype.itemsize,
-            scratch=native_scratch(self.view, layouts),
-        )
+        return measure_copies(self.view, high, self.layouts(codec), codec, mixed, self.dtype)
 
     def load_dense(self, codec: str | None) -> tuple[PreTrainedModel, MoEView]:
         """Load everything but the experts; with a codec, its linear layers are packed.
@@ -292,11 +279,16 @@ def experts_modules(view: MoEView) -> list[ExpertsModule]:
 
 
 def largest_reads(catalog: ExpertCatalog, align: int) -> list[int]:
+    """Return, for each layer, the bytes of the slots that its experts get."""
+    return _level(read_sizes(catalog, align))
+
+
+def read_sizes(catalog: ExpertCatalog, align: int) -> list[int]:
     """Return, for each layer, the slot bytes that its largest expert needs."""
     sizes = [0] * len(catalog.layouts)
     for key, extents in catalog.extents.items():
         sizes[key.layer] = max(sizes[key.layer], _up(plan_reads(extents, align).nbytes, ALIGN))
-    return _level(sizes)
+    return sizes
 
 
 def _level(sizes: Sequence[int]) -> list[int]:

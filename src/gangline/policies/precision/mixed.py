@@ -72,5 +72,5 @@ def divide_slots(slots: int, high_bytes: int, low_bytes: int, share: float, expe
         experts: that the slots are for; neither precision gets more.
     """
     room = slots * high_bytes
-    low = min(experts, max(1, int(room * share) // low_bytes))
+    low = min(experts, max(1, int(min(room * share, room - high_bytes)) // low_bytes))
     return min(experts, max(1, (room - low * low_bytes) // high_bytes)), low
