@@ -60,8 +60,8 @@ class Hits:
             self.live.append((event.layer, tuple(sorted(present))))
             count(lease, event, present)
 
-        def noted(level: Level, event: Any) -> tuple[int, ...]:
-            found = note(level, event)
+        def noted(level: Level, event: Any, *of_two: Any) -> tuple[int, ...]:
+            found = note(level, event, *of_two)
             self.simulated.append((event.layer, found))
             return found
 
