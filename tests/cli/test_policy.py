@@ -38,6 +38,24 @@ def test_check_passes_under_a_policy(gangline, folder):
     assert json.loads(result.stdout)["passed"]
 
 
+def test_two_precisions_must_be_allowed_and_say_what_they_are(gangline, only_error, folder, tmp_path):
+    refused = gangline("run", folder, "x", "--policy", "hobbit")
+    assert refused.exit_code == 2 and "--mode mixed" in only_error(refused)
+    mixed = ("--policy", "hobbit", "--mode", "mixed")
+    planned = gangline("plan", folder, *mixed, "--json")
+    assert planned.exit_code == 0, planned.stderr
+    assert json.loads(planned.stdout)["low_slots"] == []  # all experts fit
+    checked = gangline(
+        "check", folder, *mixed, "--share", "0.3", "--batch", "1", "--new-tokens", "6", "--json"
+    )
+    assert checked.exit_code == 0, checked.stderr
+    report = json.loads(checked.stdout)
+    assert report["passed"] and "tile16:int4" in report["approximate"]
+    assert all(0 <= case["same_tokens"] <= 1 for case in report["cases"])
+    shown = gangline("check", folder, *mixed, "--share", "0.3", "--batch", "1", "--new-tokens", "6")
+    assert "approximate, not exact" in shown.stdout and "of the tokens the same" in shown.stdout
+
+
 @pytest.mark.parametrize("command", [("run", "hello"), ("check",), ("bench",), ("chat",)])
 def test_unknown_policy_is_one_line(gangline, only_error, folder, command):
     name, *rest = command
