@@ -71,6 +71,7 @@ float* products(const Matrix& w, int begin, int end, const Activations& x, float
 
 const Segment* segment_of(const std::vector<Segment>& segments, const Segment* from, int task) {
     const Segment* last = segments.data() + segments.size() - 1;
+    if (task < from->first_task) from = segments.data();
     while (from < last && from[1].first_task <= task) ++from;
     return from;
 }
@@ -105,6 +106,7 @@ int cut_into_tasks(const int* starts, int count, int begin, int end, int chunks,
 
 void ExpertsRun::prepare(const ExpertsCall& call, int workers) {
     call_ = call;
+    workers_ = workers;
     slab_begin_ = slab_end_ = 0;
     const Expert& one = *call.experts[0];
     first_group_ = group_of(one.first);
@@ -134,8 +136,8 @@ void ExpertsRun::plan_slab(int workers) {
                                         [](const Segment& s) { return s.pair_end - s.pair_begin > 1; });
     rows_.plan(call_.x, slab_begin_, slab_end_, first_group_, contiguous, slab_begin_ > 0, workers);
     h_.want(slab_end_ - slab_begin_, layer.intermediate, down_group_);
-    next_gate_up_.store(0, std::memory_order_relaxed);
-    next_down_.store(0, std::memory_order_relaxed);
+    gate_up_tasks_.plan(gate_up_count_, workers);
+    down_tasks_.plan(call_.sum == nullptr ? down_count_ : pieces(layer.hidden, sum_rows_), workers);
 }
 
 void ExpertsRun::work(const ExpertsCall& call, int worker, int workers) {
@@ -158,8 +160,8 @@ void ExpertsRun::work_prepared(int worker, int workers) {
         }
         gate_up_tasks(worker);
         barrier();
-        if (call_.sum != nullptr) sum_tasks(rooms_.data() + static_cast<std::size_t>(worker) * static_cast<std::size_t>(room_));
-        else down_tasks();
+        if (call_.sum != nullptr) sum_tasks(worker);
+        else down_tasks(worker);
         if (slab_end_ == pairs) return;
         barrier();
         if (worker == 0) plan_slab(workers);
@@ -171,17 +173,21 @@ void ExpertsRun::gate_up_tasks(int worker) {
     if (gate_up_count_ == 0) return;
     float* room = rooms_.data() + static_cast<std::size_t>(worker) * static_cast<std::size_t>(room_);
     const Segment* segment = gate_up_segments_.data();
-    int task = next_gate_up_.fetch_add(1, std::memory_order_relaxed);
-    while (task < gate_up_count_) {
+    for (int task = gate_up_tasks_.take(worker); task >= 0; task = gate_up_tasks_.take(worker)) {
         segment = segment_of(gate_up_segments_, segment, task);
         const int blocks = (segment->pair_end - segment->pair_begin + block_tokens - 1) / block_tokens;
         const int local = task - segment->first_task;
         gate_up_task(*segment, local / blocks, local % blocks, room);
-        task = next_gate_up_.fetch_add(1, std::memory_order_relaxed);
     }
     // While others finish: what this worker will read first after the barrier.
-    const Segment& first = down_segments_.front();
-    prefetch_rows(call_.experts[first.expert]->down, std::min(worker * down_rows_, call_.layer->hidden - 1));
+    if (call_.sum == nullptr && down_count_ > 0) prefetch_first_down(worker);}
+
+void ExpertsRun::prefetch_first_down(int worker) {
+    const int task = share(down_count_, 1, worker, workers_).begin;
+    const Segment& segment = *segment_of(down_segments_, down_segments_.data(), std::min(task, down_count_ - 1));
+    const int blocks = (segment.pair_end - segment.pair_begin + block_tokens - 1) / block_tokens;
+    const int row = (task - segment.first_task) / blocks * down_rows_;
+    prefetch_rows(call_.experts[segment.expert]->down, std::min(row, call_.layer->hidden - 1));
 }
 
 void ExpertsRun::gate_up_task(const Segment& segment, int chunk, int block, float* room) {
@@ -230,12 +236,10 @@ void ExpertsRun::gate_up_task(const Segment& segment, int chunk, int block, floa
     }
 }
 
-void ExpertsRun::down_tasks() {
+void ExpertsRun::down_tasks(int worker) {
     if (down_count_ == 0) return;
     const Segment* segment = down_segments_.data();
-    for (;;) {
-        const int task = next_down_.fetch_add(1, std::memory_order_relaxed);
-        if (task >= down_count_) return;
+    for (int task = down_tasks_.take(worker); task >= 0; task = down_tasks_.take(worker)) {
         segment = segment_of(down_segments_, segment, task);
         const int blocks = (segment->pair_end - segment->pair_begin + block_tokens - 1) / block_tokens;
         const int local = task - segment->first_task;
@@ -260,12 +264,11 @@ void ExpertsRun::down_task(const Segment& segment, int chunk, int block) {
 }
 
 // A task owns some columns and goes through all experts, so that every sum is made by one worker and in order.
-void ExpertsRun::sum_tasks(float* room) {
+void ExpertsRun::sum_tasks(int worker) {
     const int hidden = call_.layer->hidden;
-    for (;;) {
-        const int begin = next_down_.fetch_add(1, std::memory_order_relaxed) * sum_rows_;
-        if (begin >= hidden) return;
-        const int end = std::min(begin + sum_rows_, hidden);
+    float* room = rooms_.data() + static_cast<std::size_t>(worker) * static_cast<std::size_t>(room_);
+    for (int task = down_tasks_.take(worker); task >= 0; task = down_tasks_.take(worker)) {
+        const int begin = task * sum_rows_, end = std::min(begin + sum_rows_, hidden);
         for (const Segment& segment : down_segments_) {
             for (int pair = segment.pair_begin; pair < segment.pair_end; pair += block_tokens) {
                 sum_block(segment, begin, end, pair, room);

@@ -1,14 +1,14 @@
 // The experts of one MoE layer: y = down(gate(gate_up(x))) for (token, expert) pairs sorted by expert.
 //
-// Work is cut into tasks of one expert, some rows of its matrices and some of its tokens; workers take tasks from a counter.
+// Work is cut into tasks of one expert, some rows of its matrices and some of its tokens; see task_ranges.hpp for who does what.
 // No sum is ever cut, so results depend neither on the number of workers nor on what else is in the call.
 #pragma once
 
-#include <atomic>
 #include <vector>
 
 #include "gates.hpp"
 #include "row_store.hpp"
+#include "task_ranges.hpp"
 
 namespace gangline {
 
@@ -78,9 +78,10 @@ private:
     void plan_slab(int workers);
     void gate_up_tasks(int worker);
     void gate_up_task(const Segment& segment, int chunk, int block, float* room);
-    void down_tasks();
+    void prefetch_first_down(int worker);
+    void down_tasks(int worker);
     void down_task(const Segment& segment, int chunk, int block);
-    void sum_tasks(float* room);
+    void sum_tasks(int worker);
     void sum_block(const Segment& segment, int begin, int end, int pair, float* room);
 
     ExpertsCall call_;
@@ -88,14 +89,14 @@ private:
     int gate_rows_ = 0, down_rows_ = 0;  // rows of a task
     int sum_rows_ = 0;                      // columns of the sums that one task owns
     int room_ = 0;                          // floats of one worker
+    int workers_ = 1;
     int slab_begin_ = 0, slab_end_ = 0;
     std::vector<Segment> gate_up_segments_, down_segments_;
     int gate_up_count_ = 0, down_count_ = 0;
     PairRows rows_;
     KeptRows h_;
     Buffer<float> rooms_;
-    alignas(64) std::atomic<int> next_gate_up_{0};
-    alignas(64) std::atomic<int> next_down_{0};
+    TaskRanges gate_up_tasks_, down_tasks_;
 };
 
 // Checks a call and runs it on the pool.
