@@ -1,5 +1,8 @@
 #include "attention.hpp"
 
+#include <algorithm>
+#include <cmath>
+#include <limits>
 #include <string_view>
 
 #include "kernels.hpp"
@@ -8,31 +11,38 @@ namespace gangline {
 namespace {
 
 // The version that belongs to the table of kernels in use.
-const AttentionKernels& attention_kernels() {
+AttendChunk attention_in_use() {
     const std::string_view name = kernels().name;
-    const AttentionKernels* chosen = nullptr;
+    AttendChunk chosen = nullptr;
     if (name.starts_with("avx512")) chosen = avx512_attention();
     else if (name.starts_with("avx2")) chosen = avx2_attention();
     else if (name == "neon") chosen = neon_attention();
-    return chosen != nullptr ? *chosen : *scalar_attention();
+    return chosen != nullptr ? chosen : scalar_attention();
 }
 
 }  // namespace
 
-void attend(const AttentionChunk& c) {
-    // Keys are a matrix of plain numbers, one row a position; the heads of the group are its tokens.
-    Matrix keys;
-    keys.data = static_cast<const std::uint8_t*>(c.keys);
-    keys.rows = c.positions;
-    keys.cols = c.head_dim;
-    keys.format = c.format;
-    Activations queries;
-    queries.x = c.q;
-    queries.stride = c.head_dim;
-    queries.tokens = c.group;
-    queries.cols = c.head_dim;
-    kernels().matmul[static_cast<int>(c.format)](keys, 0, c.positions, queries, c.scores, kAttentionChunk);
-    attention_kernels().weigh_values(c);
+void attend(const AttentionChunk& chunk) { attention_in_use()(chunk); }
+
+Attended::Attended(float* out, int head_dim, const float* sink)
+    : out_(out),
+      head_dim_(head_dim),
+      top_(sink != nullptr ? *sink : -std::numeric_limits<float>::infinity()),
+      total_(sink != nullptr ? 1.0f : 0.0f) {
+    std::fill_n(out, head_dim, 0.0f);
+}
+
+void Attended::add(const float* acc, float max, float sum) {
+    const float top = std::max(top_, max);
+    const float keep = std::exp(top_ - top), weight = std::exp(max - top);
+    top_ = top;
+    total_ = total_ * keep + weight * sum;
+    for (int d = 0; d < head_dim_; ++d) out_[d] = out_[d] * keep + weight * acc[d];
+}
+
+void Attended::finish() {
+    const float inverse = 1.0f / total_;
+    for (int d = 0; d < head_dim_; ++d) out_[d] *= inverse;
 }
 
 }  // namespace gangline

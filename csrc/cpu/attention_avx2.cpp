@@ -5,7 +5,7 @@
 
 namespace gangline {
 
-const AttentionKernels* avx2_attention() { return &table; }
+AttendChunk avx2_attention() { return attend_chunk; }
 
 }  // namespace gangline
 
@@ -13,7 +13,7 @@ const AttentionKernels* avx2_attention() { return &table; }
 
 namespace gangline {
 
-const AttentionKernels* avx2_attention() { return nullptr; }
+AttendChunk avx2_attention() { return nullptr; }
 
 }  // namespace gangline
 

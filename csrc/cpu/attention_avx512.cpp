@@ -5,7 +5,7 @@
 
 namespace gangline {
 
-const AttentionKernels* avx512_attention() { return &table; }
+AttendChunk avx512_attention() { return attend_chunk; }
 
 }  // namespace gangline
 
@@ -13,7 +13,7 @@ const AttentionKernels* avx512_attention() { return &table; }
 
 namespace gangline {
 
-const AttentionKernels* avx512_attention() { return nullptr; }
+AttendChunk avx512_attention() { return nullptr; }
 
 }  // namespace gangline
 

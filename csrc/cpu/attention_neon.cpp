@@ -5,7 +5,7 @@
 
 namespace gangline {
 
-const AttentionKernels* neon_attention() { return &table; }
+AttendChunk neon_attention() { return attend_chunk; }
 
 }  // namespace gangline
 
@@ -13,7 +13,7 @@ const AttentionKernels* neon_attention() { return &table; }
 
 namespace gangline {
 
-const AttentionKernels* neon_attention() { return nullptr; }
+AttendChunk neon_attention() { return nullptr; }
 
 }  // namespace gangline
 

@@ -3,6 +3,6 @@
 
 namespace gangline {
 
-const AttentionKernels* scalar_attention() { return &table; }
+AttendChunk scalar_attention() { return attend_chunk; }
 
 }  // namespace gangline

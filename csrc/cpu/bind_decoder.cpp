@@ -59,17 +59,19 @@ DecoderLayer make_layer(const Norm& attention_norm, const AttentionSpec& attenti
     return {attention_norm, attention, mlp_norm, router, rule.value_or(RouterRule{}), mlp, shared_gate};
 }
 
-void begin(Decoder& self, int rows, Pointer embedded, Pointer positions, Pointer first, int length,
+void begin(Decoder& self, int sequences, int tokens, Pointer embedded, Pointer positions, Pointer first, int length,
            const std::vector<std::int64_t>& cache, Pointer moe_input, Pointer ids, Pointer weights, Pointer logits) {
     if (cache.size() != 3 * self.spec().layers.size()) throw std::invalid_argument("three numbers for each layer's cache");
     Step step;
-    step.rows = rows;
+    if (sequences < 1 || tokens < 1) throw std::invalid_argument("a step needs a token");
+    step.sequences = sequences;
+    step.tokens = tokens;
     step.embedded = at<const void>(embedded);
     step.positions = at<const std::int64_t>(positions);
     step.first = at<const std::int64_t>(first);
     step.length = length;
     for (std::size_t i = 0; i < cache.size(); i += 3) {
-        if (cache[i + 2] <= length) throw std::invalid_argument("a layer's cache is full");
+        if (cache[i + 2] < length + tokens) throw std::invalid_argument("a layer's cache is full");
         step.cache.push_back({at<std::uint16_t>(static_cast<Pointer>(cache[i])),
                               at<std::uint16_t>(static_cast<Pointer>(cache[i + 1])), cache[i + 2]});
     }
@@ -160,7 +162,7 @@ void bind_parts(nb::module_& m) {
 
 void bind_decoder(nb::module_& m) {
     bind_parts(m);
-    nb::class_<Decoder>(m, "Decoder", "One decode step of a MoE transformer; see kernels/cpu/decoder.py.")
+    nb::class_<Decoder>(m, "Decoder", "One step of a MoE transformer; see kernels/cpu/decoder.py.")
         .def("__init__",
              [](Decoder* self, int hidden, const std::string& numbers, const Norm& final_norm, const Linear& head,
                 std::vector<float> inverse_frequencies, float rope_scaling, std::vector<DecoderLayer> layers) {
@@ -171,8 +173,8 @@ void bind_decoder(nb::module_& m) {
              "inverse_frequencies"_a, "rope_scaling"_a, "layers"_a)
         .def_prop_ro("hidden", [](const Decoder& self) { return reinterpret_cast<Pointer>(self.hidden()); })
         .def_prop_ro("hidden_stride", &Decoder::hidden_stride)
-        .def("begin", &begin, "rows"_a, "embedded"_a, "positions"_a, "first"_a, "length"_a, "cache"_a, "moe_input"_a, "ids"_a,
-             "weights"_a, "logits"_a)
+        .def("begin", &begin, "sequences"_a, "tokens"_a, "embedded"_a, "positions"_a, "first"_a, "length"_a, "cache"_a,
+             "moe_input"_a, "ids"_a, "weights"_a, "logits"_a)
         .def("front",
              [](Decoder& self, int layer) {
                  check_layer(self, layer);
@@ -180,13 +182,11 @@ void bind_decoder(nb::module_& m) {
              },
              "layer"_a, nb::call_guard<nb::gil_scoped_release>())
         .def("back",
-             [](Decoder& self, int layer, Pointer moe_output) {
-                 check_layer(self, layer);
-                 self.back(layer, at<const float>(moe_output));
-             },
-             "layer"_a, "moe_output"_a, nb::call_guard<nb::gil_scoped_release>())
+             [](Decoder& self, Pointer moe_output) { self.back(at<const float>(moe_output)); }, "moe_output"_a, nb::call_guard<nb::gil_scoped_release>())
         .def("head", nb::overload_cast<>(&Decoder::head), nb::call_guard<nb::gil_scoped_release>())
         .def("set_experts", &set_experts, "table"_a)
+        .def("set_block_rows", &Decoder::set_block_rows, "rows"_a)
+        .def("release", &Decoder::release)
         .def("step_all", &Decoder::step_all, nb::call_guard<nb::gil_scoped_release>());
     m.def("route", &route_rows, "rule"_a, "logits"_a, "rows"_a, "ids"_a, "weights"_a,
           "Route rows of fp32 logits; ids int64 and weights fp32 are [rows, k].");

@@ -28,6 +28,11 @@ public:
         }
         return data_;
     }
+    // Gives the memory back.
+    void free() {
+        release();
+        capacity_ = 0;
+    }
     T* data() const { return data_; }
     std::size_t bytes() const { return capacity_ * sizeof(T); }
 

@@ -1,6 +1,7 @@
 #include "decode_rows.hpp"
 
 #include <algorithm>
+#include <cmath>
 
 #include "kernels.hpp"
 #include "threads.hpp"
@@ -14,13 +15,14 @@ constexpr int most_blocks = 12;
 constexpr int tasks_per_worker = 8;
 
 void finish(const Product& p, int begin, int end) {
-    for (int t = 0; t < p.x->rows(); ++t) {
+    for (int t = 0; t < p.rows; ++t) {
         float* y = p.y + t * p.y_stride;
         if (const float* bias = p.linear->bias)
             for (int r = begin; r < end; ++r) y[r] += bias[r];
         if (p.residual == nullptr) continue;
         float* out = p.residual + t * p.y_stride;
-        for (int r = begin; r < end; ++r) out[r] += y[r];
+        const float scale = p.gate != nullptr ? 1.0f / (1.0f + std::exp(-p.gate[t])) : 1.0f;
+        for (int r = begin; r < end; ++r) out[r] += scale * y[r];
     }
 }
 
@@ -44,13 +46,28 @@ void ActivationRows::add_reader(const Matrix& w) {
 }
 
 void ActivationRows::set_rows(int rows) {
-    rows_ = rows;
-    x_.want(static_cast<std::size_t>(rows * stride_));
+    x_.want(static_cast<std::size_t>(rows) * static_cast<std::size_t>(stride_));
     for (Form& form : forms_) {
         form.q.resize(static_cast<std::size_t>(rows) * static_cast<std::size_t>(form.padded));
         form.scale.resize(form.q.size() / static_cast<std::size_t>(form.group));
         form.sum.resize(form.scale.size());
     }
+}
+
+void ActivationRows::release() {
+    x_.free();
+    for (Form& form : forms_) {
+        form.q = {};
+        form.scale = {};
+        form.sum = {};
+    }
+}
+
+std::size_t ActivationRows::row_bytes() const {
+    std::size_t bytes = static_cast<std::size_t>(stride_) * sizeof(float);
+    for (const Form& form : forms_)
+        bytes += static_cast<std::size_t>(form.padded + form.padded / form.group * 8);
+    return bytes;
 }
 
 void ActivationRows::quantize(int t, int block_index, int columns) {
@@ -65,11 +82,11 @@ void ActivationRows::quantize(int t, int block_index, int columns) {
     }
 }
 
-Activations ActivationRows::as(const Matrix& w) const {
+Activations ActivationRows::as(const Matrix& w, int rows) const {
     Activations a;
     a.x = x_.data();
     a.stride = stride_;
-    a.tokens = rows_;
+    a.tokens = rows;
     a.cols = w.cols;
     if (!needs_int8_activations(w.format)) return a;
     for (const Form& form : forms_) {
@@ -99,7 +116,7 @@ void multiply(const Product* products, int count, Team team, std::atomic<int>& n
             const int end = std::min(std::min(to - first, blocks(p)) * row_block, w.rows);
             first += blocks(p);
             if (begin >= end) continue;
-            kernels().matmul[static_cast<int>(w.format)](w, begin, end, p.x->as(w), p.y, p.y_stride);
+            kernels().matmul[static_cast<int>(w.format)](w, begin, end, p.x->as(w, p.rows), p.y, p.y_stride);
             finish(p, begin, end);
         }
     }

@@ -32,16 +32,20 @@ public:
     // Call once for each matrix that reads these rows, or the first of their columns.
     void add_reader(const Matrix& w);
     void set_rows(int rows);
+    // Gives the memory back.
+    void release();
+    // Bytes of one row, in all its forms.
+    std::size_t row_bytes() const;
 
     float* row(int t) const { return x_.data() + t * stride_; }
     float* data() const { return x_.data(); }
     std::ptrdiff_t stride() const { return stride_; }
-    int rows() const { return rows_; }
     int columns() const { return columns_; }
     int blocks() const { return (columns_ + block - 1) / block; }
     // Makes the int8 forms of one block of columns of one row, for matrices that read so many columns.
     void quantize(int t, int block_index, int columns);
-    Activations as(const Matrix& w) const;
+    // The first `rows` of them.
+    Activations as(const Matrix& w, int rows) const;
 
 private:
     struct Form {
@@ -50,7 +54,7 @@ private:
         std::vector<float> scale;
         std::vector<std::int32_t> sum;
     };
-    int columns_ = 0, rows_ = 0;
+    int columns_ = 0;
     std::ptrdiff_t stride_ = 0;
     Buffer<float> x_;
     std::vector<Form> forms_;
@@ -60,9 +64,11 @@ private:
 struct Product {
     const Linear* linear = nullptr;
     const ActivationRows* x = nullptr;
+    int rows = 0;               // of x, from the first on
     float* y = nullptr;
     std::ptrdiff_t y_stride = 0;
-    float* residual = nullptr;  // [tokens, y_stride]
+    float* residual = nullptr;  // [rows, y_stride]
+    const float* gate = nullptr;  // [rows], or none: what is added to the residual is scaled by its sigmoid
 };
 
 // Some products that do not depend on each other, by all workers: each takes the next rows when it is done with some, so that

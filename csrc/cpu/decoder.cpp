@@ -2,33 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <stdexcept>
 
+#include "decoder_parts.hpp"
 #include "kernels.hpp"
 #include "norm_rope.hpp"
 #include "threads.hpp"
 
 namespace gangline {
-namespace {
-
-int qkv_width(const AttentionSpec& a) { return a.q.matrix.rows + a.k.matrix.rows + a.v.matrix.rows; }
-
-// Numbers of fp32 in the model's format.
-void write_numbers(const float* x, int n, Format format, void* y) {
-    if (format == Format::f32) {
-        std::copy_n(x, n, static_cast<float*>(y));
-    } else if (format == Format::bf16) {
-        kernels().rows.narrow_bf16(x, static_cast<std::uint16_t*>(y), n);
-    } else {
-        kernels().rows.narrow_f16(x, static_cast<std::uint16_t*>(y), n);
-    }
-}
-
-std::size_t size(std::ptrdiff_t count) { return static_cast<std::size_t>(count); }
-
-}  // namespace
-
 Decoder::Decoder(DecoderSpec spec) : spec_(std::move(spec)) {
     if (spec_.layers.empty()) throw std::invalid_argument("a decoder needs at least one layer");
     x_.set_columns(spec_.hidden);
@@ -77,64 +58,85 @@ void Decoder::begin(const Step& step) {
     cut_cache();
     make_buffers();
     find_angles();
-    for (int t = 0; t < step.rows; ++t)
-        read_numbers(step.embedded, spec_.numbers, std::ptrdiff_t{t} * spec_.hidden, spec_.hidden, x_.row(t));
+    for (int r = 0; r < step.rows(); ++r)
+        read_numbers(step.embedded, spec_.numbers, std::ptrdiff_t{r} * spec_.hidden, spec_.hidden, x_.row(r));
+}
+
+Decoder::Sight Decoder::sight(int sequence, int position, int window) const {
+    const int first = static_cast<int>(step_.first[sequence]);
+    if (position < first) return {position, position, position + 1};
+    return {first, window > 0 ? std::max(first, position + 1 - window) : first, position + 1};
 }
 
 void Decoder::cut_cache() {
+    if (step_.tokens > 1) return;
     for (Cut& cut : cuts_) {
-        cut.begin.clear();
-        cut.chunks.clear();
-        cut.before.clear();
-        cut.total = 0;
-        for (int t = 0; t < step_.rows; ++t) {
-            int begin = static_cast<int>(step_.first[t]);
-            if (cut.window > 0) begin = std::max(begin, step_.length + 1 - cut.window);
-            const int chunks = (step_.length + 1 - begin + kAttentionChunk - 1) / kAttentionChunk;
-            cut.begin.push_back(begin);
-            cut.chunks.push_back(chunks);
-            cut.before.push_back(cut.total);
-            cut.total += chunks;
+        cut.sight.clear();
+        cut.before.assign(1, 0);
+        for (int r = 0; r < step_.sequences; ++r) {
+            const Sight seen = sight(r, step_.length, cut.window);
+            cut.sight.push_back(seen);
+            cut.before.push_back(cut.before.back() + seen.last_chunk() - seen.first_chunk() + 1);
         }
     }
 }
 
+int Decoder::block_rows(std::size_t bytes_of_row) const {
+    constexpr std::size_t bytes = 24 << 20;
+    const int fitting = static_cast<int>(bytes / bytes_of_row) / 16 * 16;
+    return std::min(step_.rows(), asked_block_rows_ > 0 ? asked_block_rows_ : std::clamp(fitting, 64, 512));
+}
+
 void Decoder::make_buffers() {
-    const int rows = step_.rows;
-    std::ptrdiff_t qkv = 0, mlp = 0, router = 0, pieces = 0, group = 0, head_dim = 0;
-    for (std::size_t l = 0; l < spec_.layers.size(); ++l) {
-        const DecoderLayer& layer = spec_.layers[l];
+    std::ptrdiff_t qkv = 0, mlp = 0, router = 0, group = 0, head_dim = 0;
+    for (const DecoderLayer& layer : spec_.layers) {
         const AttentionSpec& a = layer.attention;
         qkv = std::max<std::ptrdiff_t>(qkv, qkv_width(a));
         if (layer.mlp) mlp = std::max<std::ptrdiff_t>(mlp, 2 * layer.mlp->gate.matrix.rows);
         if (layer.router) router = std::max<std::ptrdiff_t>(router, layer.rule.classes);
-        pieces = std::max<std::ptrdiff_t>(pieces, std::ptrdiff_t{cuts_[size(cut_of_layer_[l])].total} * a.kv_heads);
         group = std::max<std::ptrdiff_t>(group, a.heads / a.kv_heads);
         head_dim = std::max<std::ptrdiff_t>(head_dim, a.head_dim);
     }
-    for (ActivationRows* buffer : {&x_, &normed_, &attended_, &acted_}) buffer->set_rows(rows);
+    block_rows_ = block_rows(size(qkv + mlp + 3 * router + 1) * sizeof(float) + normed_.row_bytes() + attended_.row_bytes() +
+                             acted_.row_bytes());
+    const std::ptrdiff_t rows = block_rows_;
+    x_.set_rows(step_.rows());
+    for (ActivationRows* buffer : {&normed_, &attended_, &acted_}) buffer->set_rows(block_rows_);
     qkv_.want(size(rows * qkv));
-    projected_.want(size(rows * x_.stride()));
     gate_up_.want(size(rows * mlp));
-    shared_.want(size(rows * x_.stride()));
     shared_gate_.want(size(rows));
     router_.want(size(rows * router));
     scratch_.want(size(rows * 2 * router));
+    if (spec_.numbers != Format::f32) logits_.want(size(std::ptrdiff_t{step_.sequences} * spec_.head.matrix.rows));
+    if (step_.tokens > 1) return;
+    std::ptrdiff_t pieces = 0;
+    for (std::size_t l = 0; l < spec_.layers.size(); ++l) {
+        const Cut& cut = cuts_[size(cut_of_layer_[l])];
+        pieces = std::max<std::ptrdiff_t>(pieces, std::ptrdiff_t{cut.before.back()} * spec_.layers[l].attention.kv_heads);
+    }
     partial_.want(size(pieces * group * head_dim));
     partial_max_.want(size(pieces * group));
     partial_sum_.want(size(pieces * group));
-    if (spec_.numbers != Format::f32) logits_.want(size(std::ptrdiff_t{rows} * spec_.head.matrix.rows));
+}
+
+void Decoder::release() {
+    for (ActivationRows* buffer : {&x_, &normed_, &attended_, &acted_}) buffer->release();
+    for (Buffer<float>* buffer : {&qkv_, &gate_up_, &shared_gate_, &router_, &scratch_, &logits_, &partial_, &partial_max_,
+                                  &partial_sum_, &pair_output_, &sums_})
+        buffer->free();
+    cosine_ = {};
+    sine_ = {};
 }
 
 void Decoder::find_angles() {
     const std::size_t half = spec_.inverse_frequencies.size();
-    cosine_.resize(size(step_.rows) * half);
+    cosine_.resize(size(step_.rows()) * half);
     sine_.resize(cosine_.size());
     const auto rounded = [&](float x) {  // as the model does, to its number format
         if (spec_.numbers == Format::bf16) return bf16_to_float(float_to_bf16(x));
         return spec_.numbers == Format::f16 ? f16_to_float(float_to_f16(x)) : x;
     };
-    for (std::size_t t = 0; t < size(step_.rows); ++t) {
+    for (std::size_t t = 0; t < size(step_.rows()); ++t) {
         for (std::size_t i = 0; i < half; ++i) {
             const float angle = static_cast<float>(step_.positions[t]) * spec_.inverse_frequencies[i];
             cosine_[t * half + i] = rounded(std::cos(angle) * spec_.rope_scaling);
@@ -148,22 +150,26 @@ void Decoder::front(int layer) {
 }
 
 void Decoder::front(int layer, Team team, bool together) {
-    attention(layer, team);
-    network(layer, team, together);
+    for (int begin = 0; begin < step_.rows(); begin += block_rows_) {
+        const Rows block{begin, std::min(block_rows_, step_.rows() - begin)};
+        attention(layer, block, team);
+        network(layer, block, team, together);
+    }
 }
 
 // normed_ = norm(x_), with its int8 forms.
-void Decoder::normalise(const Norm& norm, Team team) {
+void Decoder::normalise(const Norm& norm, Rows rows, Team team) {
     const int blocks = normed_.blocks();
-    const Range mine = share(step_.rows * blocks, 1, team.worker, team.workers);
+    const Range mine = share(rows.count * blocks, 1, team.worker, team.workers);
     int known = -1;
     float inverse = 0.0f;
     for (int i = mine.begin; i < mine.end; ++i) {
         const int t = i / blocks, begin = i % blocks * ActivationRows::block;
-        if (t != known) inverse = inverse_rms(x_.row(t), spec_.hidden, norm.eps);
+        const float* x = x_.row(rows.begin + t * rows.step);
+        if (t != known) inverse = inverse_rms(x, spec_.hidden, norm.eps);
         known = t;
         const int count = std::min(ActivationRows::block, spec_.hidden - begin);
-        scale_by_norm(norm, x_.row(t) + begin, inverse, begin, count, normed_.row(t) + begin);
+        scale_by_norm(norm, x + begin, inverse, begin, count, normed_.row(t) + begin);
         normed_.quantize(t, i % blocks, spec_.hidden);
     }
     barrier();
@@ -176,174 +182,42 @@ void Decoder::multiply_all(const Product* products, int count, Team team, int co
     if (team.worker == 0) next_[counter].store(0, std::memory_order_relaxed);
 }
 
-void Decoder::attention(int layer, Team team) {
+void Decoder::attention(int layer, Rows block, Team team) {
     const DecoderLayer& l = spec_.layers[size(layer)];
     const AttentionSpec& a = l.attention;
-    normalise(l.attention_norm, team);
+    normalise(l.attention_norm, block, team);
     const int width = qkv_width(a);
     float* q = qkv_.data();
-    const Product products[] = {{&a.q, &normed_, q, width, nullptr},
-                                {&a.k, &normed_, q + a.q.matrix.rows, width, nullptr},
-                                {&a.v, &normed_, q + a.q.matrix.rows + a.k.matrix.rows, width, nullptr}};
+    const Product products[] = {{&a.q, &normed_, block.count, q, width},
+                                {&a.k, &normed_, block.count, q + a.q.matrix.rows, width},
+                                {&a.v, &normed_, block.count, q + a.q.matrix.rows + a.k.matrix.rows, width}};
     multiply_all(products, 3, team, 0);
-    attend(layer, team);
-    barrier();
-    merge(layer, team);
-    barrier();
-    const Product output{&a.o, &attended_, projected_.data(), x_.stride(), x_.data()};
+    if (step_.tokens > 1) attend_tiles(layer, block, team);
+    else attend_pieces(layer, block, team);
+    // normed_ has been read, and has the room for the product.
+    const Product output{&a.o, &attended_, block.count, normed_.data(), x_.stride(), x_.row(block.begin)};
     multiply_all(&output, 1, team, 1);
 }
 
-Decoder::Piece Decoder::piece_at(const Cut& cut, int kv_heads, int index) const {
-    Piece piece;
-    while (piece.row + 1 < step_.rows && index >= cut.before[size(piece.row) + 1] * kv_heads) ++piece.row;
-    const std::size_t row = size(piece.row);
-    const int inside = index - cut.before[row] * kv_heads;
-    const int chunk = inside % cut.chunks[row];
-    piece.head = inside / cut.chunks[row];
-    piece.begin = cut.begin[row] + chunk * kAttentionChunk;
-    piece.end = std::min(piece.begin + kAttentionChunk, step_.length + 1);
-    piece.newest = chunk + 1 == cut.chunks[row];
-    return piece;
-}
-
-void Decoder::attend(int layer, Team team) {
-    const AttentionSpec& a = spec_.layers[size(layer)].attention;
-    const Cut& cut = cuts_[size(cut_of_layer_[size(layer)])];
-    const int group = a.heads / a.kv_heads;
-    // Rotated queries of one group, one head more for what enters the cache, the scores of a chunk.
-    static thread_local std::vector<float> room;
-    room.resize(size((group + 1) * a.head_dim + group * kAttentionChunk));
-    const Range mine = share(cut.total * a.kv_heads, 1, team.worker, team.workers);
-    int row = -1, head = -1;
-    AllHeads q, k;
-    for (int i = mine.begin; i < mine.end; ++i) {
-        const Piece piece = piece_at(cut, a.kv_heads, i);
-        if (piece.row != row) {
-            q = all_heads(a.q_norm, qkv_.data() + std::ptrdiff_t{piece.row} * qkv_width(a), a.q.matrix.rows, a.head_dim);
-            k = all_heads(a.k_norm, q.x + a.q.matrix.rows, a.k.matrix.rows, a.head_dim);
-        }
-        if (piece.row != row || piece.head != head)
-            for (int g = 0; g < group; ++g)
-                prepare_head(a, q, piece.head * group + g, piece.row, room.data() + g * a.head_dim);
-        row = piece.row;
-        head = piece.head;
-        if (piece.newest) store_new(layer, piece, k, room.data() + group * a.head_dim);
-        attend_piece(layer, piece, i, room.data());
-    }
-}
-
-Decoder::AllHeads Decoder::all_heads(const std::optional<Norm>& norm, const float* x, int width, int head_dim) {
-    AllHeads heads{x, norm ? &*norm : nullptr, norm && norm->size != head_dim, 0.0f};
-    if (heads.together) heads.inverse = inverse_rms(x, width, norm->eps);
-    return heads;
-}
-
-// One head of the queries or keys of a row: norm, clipping, rotation.
-void Decoder::prepare_head(const AttentionSpec& a, const AllHeads& heads, int head, int row, float* out) const {
-    const int n = a.head_dim;
-    const float* x = heads.x + std::ptrdiff_t{head} * n;
-    std::copy_n(x, n, out);
-    if (heads.norm != nullptr) {
-        const float inverse = heads.together ? heads.inverse : inverse_rms(x, n, heads.norm->eps);
-        scale_by_norm(*heads.norm, x, inverse, heads.together ? head * n : 0, n, out);
-    }
-    if (std::isfinite(a.clip)) clip(out, n, a.clip);
-    const std::size_t half = spec_.inverse_frequencies.size();
-    rotate(out, cosine_.data() + size(row) * half, sine_.data() + size(row) * half, static_cast<int>(half));
-}
-
-void Decoder::store_new(int layer, const Piece& piece, const AllHeads& k, float* room) const {
-    const AttentionSpec& a = spec_.layers[size(layer)].attention;
-    const CacheRows& cache = step_.cache[size(layer)];
-    const int n = a.head_dim, bytes = spec_.numbers == Format::f32 ? 4 : 2;
-    const float* v = k.x + a.k.matrix.rows + std::ptrdiff_t{piece.head} * n;
-    const std::int64_t at = ((std::int64_t{piece.row} * a.kv_heads + piece.head) * cache.capacity + step_.length) * n * bytes;
-    prepare_head(a, k, piece.head, piece.row, room);
-    write_numbers(room, n, spec_.numbers, reinterpret_cast<char*>(cache.keys) + at);
-    std::copy_n(v, n, room);
-    if (std::isfinite(a.clip)) clip(room, n, a.clip);
-    write_numbers(room, n, spec_.numbers, reinterpret_cast<char*>(cache.values) + at);
-}
-
-void Decoder::attend_piece(int layer, const Piece& piece, int index, float* room) {
-    const AttentionSpec& a = spec_.layers[size(layer)].attention;
-    const CacheRows& cache = step_.cache[size(layer)];
-    const int group = a.heads / a.kv_heads, bytes = spec_.numbers == Format::f32 ? 4 : 2;
-    const std::int64_t at =
-        ((std::int64_t{piece.row} * a.kv_heads + piece.head) * cache.capacity + piece.begin) * a.head_dim * bytes;
-    AttentionChunk chunk;
-    chunk.q = room;
-    chunk.keys = reinterpret_cast<const char*>(cache.keys) + at;
-    chunk.values = reinterpret_cast<const char*>(cache.values) + at;
-    chunk.format = spec_.numbers;
-    chunk.group = group;
-    chunk.head_dim = a.head_dim;
-    chunk.positions = piece.end - piece.begin;
-    chunk.scaling = a.scaling;
-    chunk.scores = room + (group + 1) * a.head_dim;
-    chunk.acc = partial_.data() + std::ptrdiff_t{index} * group * a.head_dim;
-    chunk.max = partial_max_.data() + std::ptrdiff_t{index} * group;
-    chunk.sum = partial_sum_.data() + std::ptrdiff_t{index} * group;
-    gangline::attend(chunk);
-}
-
-// attended_ = the chunks of every head, merged in ascending order, with its int8 forms.
-void Decoder::merge(int layer, Team team) {
-    const AttentionSpec& a = spec_.layers[size(layer)].attention;
-    // Whole heads that are whole blocks of the int8 forms.
-    const int heads = ActivationRows::block / std::gcd(ActivationRows::block, a.head_dim);
-    const int parts = (a.heads + heads - 1) / heads, blocks = heads * a.head_dim / ActivationRows::block;
-    const Range mine = share(step_.rows * parts, 1, team.worker, team.workers);
-    for (int i = mine.begin; i < mine.end; ++i) {
-        const int row = i / parts, part = i % parts;
-        for (int h = part * heads; h < std::min((part + 1) * heads, a.heads); ++h) merge_head(layer, row, h);
-        for (int b = part * blocks; b < std::min((part + 1) * blocks, attended_.blocks()); ++b)
-            attended_.quantize(row, b, attended_.columns());
-    }
-}
-
-void Decoder::merge_head(int layer, int row, int head) {
-    const AttentionSpec& a = spec_.layers[size(layer)].attention;
-    const Cut& cut = cuts_[size(cut_of_layer_[size(layer)])];
-    const int group = a.heads / a.kv_heads, n = a.head_dim;
-    const int chunks = cut.chunks[size(row)];
-    const std::ptrdiff_t first = std::ptrdiff_t{cut.before[size(row)]} * a.kv_heads + head / group * chunks;
-    const auto slot = [&](int c) { return (first + c) * group + head % group; };
-    float top = a.sinks != nullptr ? a.sinks[head] : -std::numeric_limits<float>::infinity();
-    for (int c = 0; c < chunks; ++c) top = std::max(top, partial_max_.data()[slot(c)]);
-    float total = a.sinks != nullptr ? std::exp(a.sinks[head] - top) : 0.0f;
-    float* out = attended_.row(row) + std::ptrdiff_t{head} * n;
-    std::fill_n(out, n, 0.0f);
-    for (int c = 0; c < chunks; ++c) {
-        const float weight = std::exp(partial_max_.data()[slot(c)] - top);
-        total += weight * partial_sum_.data()[slot(c)];
-        const float* acc = partial_.data() + slot(c) * n;
-        for (int d = 0; d < n; ++d) out[d] += weight * acc[d];
-    }
-    const float inverse = 1.0f / total;
-    for (int d = 0; d < n; ++d) out[d] *= inverse;
-}
-
-void Decoder::network(int layer, Team team, bool together) {
+void Decoder::network(int layer, Rows block, Team team, bool together) {
     const DecoderLayer& l = spec_.layers[size(layer)];
-    normalise(l.mlp_norm, team);
+    normalise(l.mlp_norm, block, team);
     Product products[4];
     int count = 0;
-    if (l.router) products[count++] = {&*l.router, &normed_, router_.data(), l.rule.classes, nullptr};
-    if (l.shared_gate) products[count++] = {&*l.shared_gate, &normed_, shared_gate_.data(), 1, nullptr};
+    if (l.router) products[count++] = {&*l.router, &normed_, block.count, router_.data(), l.rule.classes};
+    if (l.shared_gate) products[count++] = {&*l.shared_gate, &normed_, block.count, shared_gate_.data(), 1};
     const int width = l.mlp ? l.mlp->gate.matrix.rows : 0;
     if (l.mlp) {
-        products[count++] = {&l.mlp->gate, &normed_, gate_up_.data(), 2 * width, nullptr};
-        products[count++] = {&l.mlp->up, &normed_, gate_up_.data() + width, 2 * width, nullptr};
+        products[count++] = {&l.mlp->gate, &normed_, block.count, gate_up_.data(), 2 * width};
+        products[count++] = {&l.mlp->up, &normed_, block.count, gate_up_.data() + width, 2 * width};
     }
     multiply_all(products, count, team, 0);
-    if (l.router) choose(layer, team);
+    if (l.router) choose(layer, block, team);
     // One row's choice is the first worker's, who goes on with it: then nobody else has to wait for it here.
-    if (!l.mlp && step_.rows == 1 && together) return;
+    if (!l.mlp && step_.rows() == 1 && together) return;
     if (l.mlp) {
         const int blocks = (width + ActivationRows::block - 1) / ActivationRows::block;
-        const Range mine = share(step_.rows * blocks, 1, team.worker, team.workers);
+        const Range mine = share(block.count * blocks, 1, team.worker, team.workers);
         for (int i = mine.begin; i < mine.end; ++i) {
             const int t = i / blocks, begin = i % blocks * ActivationRows::block;
             const float* gate = gate_up_.data() + std::ptrdiff_t{t} * 2 * width + begin;
@@ -352,59 +226,66 @@ void Decoder::network(int layer, Team team, bool together) {
             acted_.quantize(t, i % blocks, width);
         }
         barrier();
-        float* residual = l.router ? nullptr : x_.data();
-        const Product down{&l.mlp->down, &acted_, shared_.data(), x_.stride(), residual};
+        const float* gate = l.shared_gate ? shared_gate_.data() : nullptr;
+        const Product down{&l.mlp->down, &acted_, block.count, normed_.data(), x_.stride(), x_.row(block.begin), gate};
         multiply_all(&down, 1, team, 1);
         return;
     }
     barrier();
 }
 
-void Decoder::choose(int layer, Team team) {
+void Decoder::choose(int layer, Rows block, Team team) {
     const DecoderLayer& l = spec_.layers[size(layer)];
-    const Range mine = step_.rows == 1 ? Range{0, team.worker == 0 ? 1 : 0} : share(step_.rows, 1, team.worker, team.workers);
-    const std::ptrdiff_t first = routed_before_[size(layer)] * step_.rows;
+    const bool alone = step_.rows() == 1;
+    const Range mine = alone ? Range{0, team.worker == 0 ? 1 : 0} : share(block.count, 1, team.worker, team.workers);
+    const std::ptrdiff_t first = routed_before_[size(layer)] * step_.rows();
     for (int t = mine.begin; t < mine.end; ++t) {
-        const std::ptrdiff_t at = first + std::ptrdiff_t{t} * l.rule.k;
+        const std::ptrdiff_t row = block.begin + t, at = first + row * l.rule.k;
         route(l.rule, router_.data() + std::ptrdiff_t{t} * l.rule.classes,
               scratch_.data() + std::ptrdiff_t{t} * 2 * l.rule.classes, step_.ids + at, step_.weights + at);
-        std::copy_n(normed_.row(t), spec_.hidden, step_.moe_input + std::ptrdiff_t{t} * spec_.hidden);
+        std::copy_n(normed_.row(t), spec_.hidden, step_.moe_input + row * spec_.hidden);
     }
 }
 
-void Decoder::back(int layer, const float* moe_output) {
-    for (int t = 0; t < step_.rows; ++t)
-        add_output(layer, t, 0, spec_.hidden, moe_output + std::ptrdiff_t{t} * spec_.hidden);
+void Decoder::back(const float* moe_output) {
+    constexpr int few = 16;  // a meeting takes longer
+    const auto add = [&](int worker, int workers) {
+        const Range mine = share(step_.rows(), 1, worker, workers);
+        for (int r = mine.begin; r < mine.end; ++r)
+            add_output(r, 0, spec_.hidden, moe_output + std::ptrdiff_t{r} * spec_.hidden);
+    };
+    if (step_.rows() <= few) add(0, 1);
+    else parallel(add);
 }
 
-void Decoder::add_output(int layer, int row, int begin, int count, const float* y) {
-    const DecoderLayer& l = spec_.layers[size(layer)];
+void Decoder::add_output(int row, int begin, int count, const float* y) {
     float* x = x_.row(row) + begin;
-    if (!l.mlp) {
-        for (int d = 0; d < count; ++d) x[d] += y[d];
-        return;
-    }
-    const float* shared = shared_.data() + row * x_.stride() + begin;
-    const float scale = l.shared_gate ? 1.0f / (1.0f + std::exp(-shared_gate_.data()[row])) : 1.0f;
-    for (int d = 0; d < count; ++d) x[d] += y[d] + scale * shared[d];
+    for (int d = 0; d < count; ++d) x[d] += y[d];
 }
 
 void Decoder::head() {
     parallel([this](int worker, int workers) { head({worker, workers}); });
 }
 
+// Of every sequence's last token.
 void Decoder::head(Team team) {
     const int classes = spec_.head.matrix.rows;
     const bool plain = spec_.numbers == Format::f32;
-    float* logits = plain ? static_cast<float*>(step_.logits) : logits_.data();
-    normalise(spec_.final_norm, team);
-    const Product product{&spec_.head, &normed_, logits, classes, nullptr};
-    multiply_all(&product, 1, team, 1);
-    if (plain) return;
-    const Range mine = share(classes, 64, team.worker, team.workers);
-    for (int t = 0; t < step_.rows; ++t) {
-        const std::ptrdiff_t at = std::ptrdiff_t{t} * classes + mine.begin;
-        write_numbers(logits + at, mine.end - mine.begin, spec_.numbers, static_cast<std::uint16_t*>(step_.logits) + at);
+    for (int begin = 0; begin < step_.sequences; begin += block_rows_) {
+        const int count = std::min(block_rows_, step_.sequences - begin);
+        const std::ptrdiff_t first = std::ptrdiff_t{begin} * classes;
+        float* logits = plain ? static_cast<float*>(step_.logits) + first : logits_.data();
+        normalise(spec_.final_norm, {(begin + 1) * step_.tokens - 1, count, step_.tokens}, team);
+        const Product product{&spec_.head, &normed_, count, logits, classes};
+        multiply_all(&product, 1, team, 1);
+        if (plain) continue;
+        const Range mine = share(classes, 64, team.worker, team.workers);
+        for (int t = 0; t < count; ++t) {
+            const std::ptrdiff_t at = std::ptrdiff_t{t} * classes + mine.begin;
+            write_numbers(logits + at, mine.end - mine.begin, spec_.numbers,
+                          static_cast<std::uint16_t*>(step_.logits) + first + at);
+        }
+        barrier();
     }
 }
 

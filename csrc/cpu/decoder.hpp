@@ -1,11 +1,12 @@
-// One decode step of the common skeleton of a MoE transformer: one new token for each of B sequences.
+// One step of the common skeleton of a MoE transformer: S new tokens for each of B sequences, S = 1 while it decodes.
 //
 //   x = the token's embedding
 //   each layer: x += o(attention(norm(x))); x += experts(norm(x)) + shared(norm(x))  [or a dense network]
 //   logits = head(norm(x))
 //
 // Arithmetic is fp32; keys and values are rounded to the model's number format as they enter the cache. The experts are
-// computed by somebody else between front() and back(), or by the step itself in step_all().
+// computed by somebody else between front() and back(), or by the step itself in step_all(). What a token gets depends on the
+// tokens before it in its sequence alone: a prompt gives the same bits in one step, in several, and token by token.
 #pragma once
 
 #include <atomic>
@@ -65,18 +66,22 @@ struct CacheRows {
     std::int64_t capacity = 0;
 };
 
-// What one step reads and writes; pointers stay the caller's. L counts MoE layers here.
+// What one step reads and writes; pointers stay the caller's. Its rows are the tokens of one sequence after another's. L counts
+// MoE layers here.
 struct Step {
-    int rows = 0;
+    int sequences = 0;
+    int tokens = 1;                           // of each
     const void* embedded = nullptr;           // [rows, hidden] in DecoderSpec::numbers
     const std::int64_t* positions = nullptr;  // [rows], for the rotary embedding
-    const std::int64_t* first = nullptr;      // [rows], first cache position that the row sees: padding lies before it
+    const std::int64_t* first = nullptr;      // [sequences], first cache position that a token sees: padding lies before it
     int length = 0;                           // positions in the cache before this step
     std::vector<CacheRows> cache;             // one for each layer
     float* moe_input = nullptr;               // [rows, hidden]
     std::int64_t* ids = nullptr;              // [L, rows, k], layer after layer
     float* weights = nullptr;                 // [L, rows, k]
-    void* logits = nullptr;                   // [rows, vocabulary] in DecoderSpec::numbers
+    void* logits = nullptr;                   // [sequences, vocabulary] of the last tokens in DecoderSpec::numbers
+
+    int rows() const { return sequences * tokens; }
 };
 
 // All experts of a MoE layer, by id; they own nothing.
@@ -100,8 +105,8 @@ public:
     void begin(const Step& step);
     // Attention of a layer, its router and shared expert; a dense layer as a whole.
     void front(int layer);
-    // Adds the experts' output [rows, hidden] of a MoE layer.
-    void back(int layer, const float* moe_output);
+    // Adds the experts' output [rows, hidden] of the MoE layer that front() was last called for.
+    void back(const float* moe_output);
     void head();
 
     // Experts of all MoE layers for step_all(), or none. Throws std::invalid_argument where they do not fit.
@@ -109,19 +114,36 @@ public:
     // All layers and the head, in one parallel call. Gives the bits that front(), the native experts and back() give.
     void step_all();
 
+    // Rows that everything but the experts takes at a time: bounds the memory of a step. 0: as many as fit into some megabytes.
+    void set_block_rows(int rows) { asked_block_rows_ = rows; }
+    // Gives the memory of steps back; the next step takes what it needs.
+    void release();
+
 private:
-    // How the visible part of the cache is cut for layers with one window.
+    // Some rows of the step: `count` of them, `step` apart.
+    struct Rows {
+        int begin = 0, count = 0, step = 1;
+    };
+    // What one token sees of the cache: positions [begin, end), in chunks that are counted from `anchor`. Padding sees itself.
+    struct Sight {
+        int anchor = 0, begin = 0, end = 0;
+        int first_chunk() const { return (begin - anchor) / kAttentionChunk; }
+        int last_chunk() const { return (end - 1 - anchor) / kAttentionChunk; }
+    };
+    // How the visible part of the cache is cut for layers with one window, where each sequence has one new token.
     struct Cut {
         int window = 0;
-        std::vector<int> begin;   // [rows] first visible position
-        std::vector<int> chunks;  // [rows]
-        std::vector<int> before;  // [rows] chunks of the rows before
-        int total = 0;
+        std::vector<Sight> sight;  // [rows]
+        std::vector<int> before;   // [rows + 1] chunks of the rows before
     };
     // One chunk of one sequence and key/value head.
     struct Piece {
         int row = 0, head = 0, begin = 0, end = 0;
         bool newest = false;  // holds the token's own position
+    };
+    // Neighbouring tokens [begin, end) of one sequence's new ones, which attend together.
+    struct Tile {
+        int sequence = 0, begin = 0, end = 0;
     };
     // Queries or keys of one row as the projection gave them, and their norm.
     struct AllHeads {
@@ -133,40 +155,59 @@ private:
 
     void count_routed();
     void make_buffers();
+    int block_rows(std::size_t bytes_of_row) const;
     void cut_cache();
     void find_angles();
-    Piece piece_at(const Cut& cut, int kv_heads, int index) const;
+    Sight sight(int sequence, int position, int window) const;
 
     // Parts of a layer; every worker runs them, and they meet at barriers.
-    void normalise(const Norm& norm, Team team);
+    void normalise(const Norm& norm, Rows rows, Team team);
     void multiply_all(const Product* products, int count, Team team, int counter);
-    void attention(int layer, Team team);
-    void attend(int layer, Team team);
-    void attend_piece(int layer, const Piece& piece, int index, float* room);
-    static AllHeads all_heads(const std::optional<Norm>& norm, const float* x, int width, int head_dim);
-    void prepare_head(const AttentionSpec& a, const AllHeads& heads, int head, int row, float* out) const;
-    void store_new(int layer, const Piece& piece, const AllHeads& k, float* room) const;
-    void merge(int layer, Team team);
-    void merge_head(int layer, int row, int head);
+    void attention(int layer, Rows block, Team team);
     // `together`: the same parallel call goes on with the layer's experts.
-    void network(int layer, Team team, bool together);
-    void choose(int layer, Team team);
+    void network(int layer, Rows block, Team team, bool together);
+    void choose(int layer, Rows block, Team team);
     void front(int layer, Team team, bool together);
     void head(Team team);
     void experts(int layer, Team team);
     void group_pairs(int layer);
-    // x_ += y (+ the shared expert), columns [begin, begin + count) of one row; y begins at that column.
-    void add_output(int layer, int row, int begin, int count, const float* y);
+    void prepare_run(int layer, int workers);
+    void add_run(int k, int begin, int end, Team team);
+    // x_ += y, columns [begin, begin + count) of one row; y begins at that column.
+    void add_output(int row, int begin, int count, const float* y);
+
+    // Queries and keys on their way to attention (decoder_attention.cpp).
+    static AllHeads all_heads(const std::optional<Norm>& norm, const float* x, int width, int head_dim);
+    void prepare_head(const AttentionSpec& a, const AllHeads& heads, int head, int row, float* out) const;
+    void store_new(int layer, int row, int head, const AllHeads& k, float* room) const;
+    // One new token a sequence: chunks of the cache are computed apart, then merged.
+    Piece piece_at(const Cut& cut, Rows block, int kv_heads, int index) const;
+    void attend_pieces(int layer, Rows block, Team team);
+    void attend_piece(int layer, const Piece& piece, int index);
+    void merge(int layer, Rows block, Team team);
+    void merge_head(int layer, Rows block, int t, int head);
+    // Several: tiles of neighbouring tokens go through the chunks together.
+    void prepare_rows(int layer, Rows block, Team team);
+    Tile tokens_of(Rows block, int sequence) const;
+    int padding_of(const Tile& tokens) const;
+    int tiles_of(Rows block, int sequence, int tile_tokens) const;
+    Tile tile_at(Rows block, int tile_tokens, int index) const;
+    void attend_tiles(int layer, Rows block, Team team);
+    void attend_tile(int layer, Rows block, const Tile& tile, int head);
+    const char* cached(const void* cache, int layer, int sequence, int head, int position) const;
 
     DecoderSpec spec_;
     Step step_;
     std::vector<std::ptrdiff_t> routed_before_;  // for each layer: k of the MoE layers before it, added up
-    std::atomic<int> next_[2] = {};  // rows that the workers have taken of some products
+    std::atomic<int> next_[3] = {};  // what the workers have taken of some products, or of attention
     std::vector<int> cut_of_layer_;
     std::vector<Cut> cuts_;
 
-    ActivationRows x_, normed_, attended_, acted_;
-    Buffer<float> qkv_, projected_, gate_up_, shared_, shared_gate_, logits_, router_, scratch_;
+    int asked_block_rows_ = 0, block_rows_ = 0;
+    ActivationRows x_;  // of all rows; what follows, of one block of rows
+    ActivationRows normed_, attended_, acted_;
+    Buffer<float> qkv_, gate_up_, shared_gate_, router_, scratch_;
+    Buffer<float> logits_;
     Buffer<float> partial_, partial_max_, partial_sum_;
     std::vector<float> cosine_, sine_;  // [rows, rotated / 2]
 
@@ -181,7 +222,11 @@ private:
     std::vector<int> order_;           // pairs by expert
     std::vector<int> pairs_of_row_;    // [rows, k], ascending expert
     std::vector<int> filled_;          // [rows] of them while they are found
-    Buffer<float> pair_output_;        // [rows * k, hidden]
+    std::vector<int> first_of_expert_;  // [classes + 1] pairs
+    int run_begin_ = 0, run_end_ = 0;  // pairs that are computed together
+    int next_expert_ = 0;              // first that has pairs behind the run
+    Buffer<float> pair_output_;        // [pairs of a run, hidden]
+    Buffer<float> sums_;               // [rows, hidden], where a layer takes several runs
 };
 
 }  // namespace gangline

@@ -1,7 +1,6 @@
 // The decode step with every expert in memory: the experts of a layer between its halves, in the same parallel call.
 
 #include <algorithm>
-#include <numeric>
 #include <stdexcept>
 
 #include "decoder.hpp"
@@ -9,6 +8,12 @@
 #include "threads.hpp"
 
 namespace gangline {
+namespace {
+
+// Pairs that are computed together at most: two for each row of the step, as many as the memory plan counts.
+int pairs_of_run(int rows) { return std::clamp(2 * rows, 512, 4096); }
+
+}  // namespace
 
 void Decoder::set_experts(std::vector<LayerExperts> experts) {
     if (experts.empty()) {
@@ -48,62 +53,105 @@ void Decoder::step_all() {
     });
 }
 
+// The pairs of a layer, sorted by expert and, within one, by row.
 void Decoder::group_pairs(int layer) {
     const std::size_t l = static_cast<std::size_t>(layer);
-    const int k = spec_.layers[l].rule.k, pairs = step_.rows * k;
-    const std::ptrdiff_t first = routed_before_[l] * step_.rows;
+    const RouterRule& rule = spec_.layers[l].rule;
+    const int k = rule.k, pairs = step_.rows() * k;
+    const std::ptrdiff_t first = routed_before_[l] * step_.rows();
     const std::int64_t* ids = step_.ids + first;
+    // Counted one place on, and placed by the count of the expert before: each then stands where the next begins.
+    first_of_expert_.assign(static_cast<std::size_t>(rule.classes) + 1, 0);
+    int* begin = first_of_expert_.data();
+    for (int i = 0; i < pairs; ++i) ++begin[ids[i] + 1];
+    for (int e = 0; e < rule.classes; ++e) begin[e + 1] += begin[e];
     order_.resize(static_cast<std::size_t>(pairs));
-    std::iota(order_.begin(), order_.end(), 0);
-    std::sort(order_.begin(), order_.end(), [ids](int a, int b) { return ids[a] != ids[b] ? ids[a] < ids[b] : a < b; });
-    starts_.clear();
-    chosen_.clear();
-    row_of_pair_.clear();
-    weight_of_pair_.clear();
-    pairs_of_row_.assign(order_.size(), 0);
-    filled_.assign(static_cast<std::size_t>(step_.rows), 0);
+    for (int i = 0; i < pairs; ++i) order_[static_cast<std::size_t>(begin[ids[i]]++)] = i;
+    for (int e = rule.classes; e > 0; --e) begin[e] = begin[e - 1];
+    begin[0] = 0;
+    row_of_pair_.resize(order_.size());
+    weight_of_pair_.resize(order_.size());
+    pairs_of_row_.resize(order_.size());
+    filled_.assign(static_cast<std::size_t>(step_.rows()), 0);
     for (int p = 0; p < pairs; ++p) {
-        const int flat = order_[static_cast<std::size_t>(p)], row = flat / k;
-        if (p == 0 || ids[flat] != ids[order_[static_cast<std::size_t>(p) - 1]]) {
-            starts_.push_back(p);
-            chosen_.push_back(&experts_[l].experts[static_cast<std::size_t>(ids[flat])]);
-        }
-        row_of_pair_.push_back(row);
-        weight_of_pair_.push_back(step_.weights[first + flat]);
+        const std::size_t at = static_cast<std::size_t>(p);
+        const int flat = order_[at], row = flat / k;
+        row_of_pair_[at] = row;
+        weight_of_pair_[at] = step_.weights[first + flat];
         pairs_of_row_[static_cast<std::size_t>(row * k + filled_[static_cast<std::size_t>(row)]++)] = p;
     }
-    starts_.push_back(pairs);
+    run_end_ = next_expert_ = 0;
+    const std::size_t hidden = static_cast<std::size_t>(spec_.hidden);
+    pair_output_.want(static_cast<std::size_t>(std::min(pairs, pairs_of_run(step_.rows()))) * hidden);
+    if (pairs > pairs_of_run(step_.rows())) sums_.want(static_cast<std::size_t>(step_.rows()) * hidden);
+}
+
+// The next pairs that are computed together: those of whole experts if possible.
+void Decoder::prepare_run(int layer, int workers) {
+    const std::size_t l = static_cast<std::size_t>(layer);
+    const int* begin = first_of_expert_.data();
+    const int classes = spec_.layers[l].rule.classes;
+    run_begin_ = run_end_;
+    const int limit = std::min(begin[classes], run_begin_ + pairs_of_run(step_.rows()));
+    starts_.clear();
+    chosen_.clear();
+    run_end_ = run_begin_;
+    for (; next_expert_ < classes && run_end_ < limit; ++next_expert_) {
+        const int from = std::max(begin[next_expert_], run_begin_), to = begin[next_expert_ + 1];
+        if (from == to) continue;
+        if (to > limit && run_end_ > run_begin_) break;
+        starts_.push_back(from - run_begin_);
+        chosen_.push_back(&experts_[l].experts[static_cast<std::size_t>(next_expert_)]);
+        run_end_ = std::min(to, limit);
+        if (to > limit) break;  // one expert by itself, which the next run goes on with
+    }
+    starts_.push_back(run_end_ - run_begin_);
     call_.layer = &experts_[l].layer;
-    call_.x = {step_.moe_input, Dtype::f32, step_.rows, spec_.hidden, row_of_pair_.data()};
+    call_.x = {step_.moe_input, Dtype::f32, step_.rows(), spec_.hidden, row_of_pair_.data() + run_begin_};
     call_.starts = starts_.data();
     call_.experts = chosen_.data();
     call_.count = static_cast<int>(chosen_.size());
-    call_.y = pair_output_.want(static_cast<std::size_t>(pairs) * static_cast<std::size_t>(spec_.hidden));
+    call_.y = pair_output_.data();
+    run_.prepare(call_, workers);
 }
 
 void Decoder::experts(int layer, Team team) {
-    if (team.worker == 0) {
-        group_pairs(layer);
-        run_.prepare(call_, team.workers);
+    const int k = spec_.layers[static_cast<std::size_t>(layer)].rule.k, pairs = step_.rows() * k;
+    for (int begin = 0; begin < pairs;) {
+        if (team.worker == 0) {
+            // Others may still be adding up the run before: no buffer of theirs moves but at a layer's begin.
+            if (begin == 0) group_pairs(layer);
+            prepare_run(layer, team.workers);
+        }
+        barrier();
+        const int end = run_end_;
+        run_.work_prepared(team.worker, team.workers);
+        barrier();
+        add_run(k, begin, end, team);
+        begin = end;
     }
     barrier();
-    run_.work_prepared(team.worker, team.workers);
-    barrier();
+}
+
+// Adds the outputs of pairs [begin, end) to the sums of their rows; behind the last run these are added to x_.
+void Decoder::add_run(int k, int begin, int end, Team team) {
     constexpr int block = ActivationRows::block;
-    const int k = spec_.layers[static_cast<std::size_t>(layer)].rule.k;
-    const int blocks = (spec_.hidden + block - 1) / block;
-    const Range mine = share(step_.rows * blocks, 1, team.worker, team.workers);
+    const int blocks = (spec_.hidden + block - 1) / block, pairs = step_.rows() * k;
+    const Range mine = share(step_.rows() * blocks, 1, team.worker, team.workers);
     for (int i = mine.begin; i < mine.end; ++i) {
-        const int row = i / blocks, begin = i % blocks * block, count = std::min(block, spec_.hidden - begin);
+        const int row = i / blocks, column = i % blocks * block, count = std::min(block, spec_.hidden - column);
         float sum[block] = {};
+        const std::ptrdiff_t at = std::ptrdiff_t{row} * spec_.hidden + column;
+        if (begin > 0) std::copy_n(sums_.data() + at, count, sum);
         for (int n = 0; n < k; ++n) {
             const int p = pairs_of_row_[static_cast<std::size_t>(row * k + n)];
-            const float* y = call_.y + std::ptrdiff_t{p} * spec_.hidden + begin;
+            if (p < begin || p >= end) continue;
+            const float* y = pair_output_.data() + std::ptrdiff_t{p - begin} * spec_.hidden + column;
             kernels().rows.accumulate(weight_of_pair_[static_cast<std::size_t>(p)], y, sum, count);
         }
-        add_output(layer, row, begin, count, sum);
+        if (end == pairs) add_output(row, column, count, sum);
+        else std::copy_n(sum, count, sums_.data() + at);
     }
-    barrier();
 }
 
 }  // namespace gangline

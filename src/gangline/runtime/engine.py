@@ -35,11 +35,11 @@ Reroute = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class StepRouting(Protocol):
-    """What the routers of one native decode step chose; a new one in every step.
+    """What the routers of one native step chose; a new one in every step.
 
     Attributes:
-        ids: of all MoE layers, one ``[B, K]`` after another, int64. weights: the same in fp32.
-        rows: B.
+        ids: of all MoE layers, one ``[T, K]`` after another, int64. weights: the same in fp32.
+        rows: T.
     """
 
     ids: Tensor
@@ -47,7 +47,7 @@ class StepRouting(Protocol):
     rows: int
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Ids ``[B, K]`` and weights ``[B, K]`` of every MoE layer."""
+        """Ids ``[T, K]`` and weights ``[T, K]`` of every MoE layer."""
 
 
 class ExpertKernel(Protocol):
@@ -172,7 +172,7 @@ class Engine:
         self._step += 1
         self._last_layer = len(self._layers) - 1
         uses = routing.ids.numel()
-        experts = uses if routing.rows == 1 else sum(len(ids_BK.unique()) for ids_BK, _ in routing)
+        experts = uses if routing.rows == 1 else sum(len(ids_TK.unique()) for ids_TK, _ in routing)
         self._store.count_resident(experts, uses)
         if self.on_step is not None:
             self.on_step(routing)

@@ -222,6 +222,8 @@ def run_from_store(
     if decode is not None:
         runtime.on_close(decode.close)
         runtime.decodes_natively = True
+        packed = all(isinstance(kernel, NativeKernel) and kernel.packed for kernel in kernels)
+        decode.serves_prompts = packed and decode.decoder.rounds_activations
         enable_native_generate(model, decode, runtime.before_step)
     object.__setattr__(model, "gangline", runtime)
     if gpu is not None:

@@ -1,7 +1,7 @@
-"""Keys and values with room to grow: layers of a ``DynamicCache`` that the native decode step appends to.
+"""Keys and values with room to grow: layers of a ``DynamicCache`` that the native step appends to.
 
 transformers' own layers are a tensor that every token concatenates to. These hold a larger buffer and show
-the part in use, so that a prompt computed by transformers' modules and tokens computed natively share it.
+the part in use, so that tokens computed by transformers' modules and tokens computed natively share it.
 
 Shape suffixes: B sequences, H key/value heads, S positions in use, C capacity, d head dimension.
 """
@@ -109,6 +109,11 @@ class GrowingLayer(DynamicLayer):
         }
         self.is_initialized = True
 
+    def start(self, batch: int, heads: int, width: int, dtype: torch.dtype) -> None:
+        """Begin with empty buffers ``[B, H, 0, d]``."""
+        nothing = torch.empty(batch, heads, 0, width, dtype=dtype)
+        self.lazy_initialization(nothing, nothing)
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -134,13 +139,13 @@ class GrowingLayer(DynamicLayer):
             limit = None if self._context is None else self._context // max(1, rows.buffer.shape[0])
             rows.room_for(tokens, limit)
 
-    def native_rows(self) -> tuple[int, int, int]:
-        """Make room for one token; return the addresses of keys and values, and the capacity."""
+    def native_rows(self, tokens: int = 1) -> tuple[int, int, int]:
+        """Make room for more tokens; return the addresses of keys and values, and the capacity."""
         keys, values = self._both()
         if keys.capacity != values.capacity:  # somebody has assigned one of them: both move
             keys.capacity, values.capacity = keys.length, values.length
-        if keys.length == keys.capacity or values.length == values.capacity:
-            self.make_room(1)
+        if max(keys.length, values.length) + tokens > keys.capacity:
+            self.make_room(tokens)
         return keys.address, values.address, keys.capacity
 
     def appended(self, tokens: int = 1) -> None:
@@ -223,6 +228,15 @@ def adopt_cache(cache: Any, layers: int, context: int | None) -> bool:
         for window in windows
     ]
     return True
+
+
+def unused_layers(cache: Any) -> list[GrowingLayer] | None:
+    """Return a cache's layers if all of them are ours and none has been started."""
+    if type(cache) is not DynamicCache or not cache.layers:
+        return None
+    layers: list[Any] = cache.layers
+    unused = all(isinstance(layer, GrowingLayer) and not layer.is_initialized for layer in layers)
+    return list(layers) if unused else None
 
 
 def growing_layers(cache: Any) -> list[GrowingLayer] | None:

@@ -1,10 +1,11 @@
-"""Prove at load that the native decode step computes what the model's own modules compute.
+"""Prove at load that the native step computes what the model's own modules compute.
 
-Each part is compared by itself on the same input, with experts that give nothing, so that no expert is read:
-attention with its cache (left padding, positions with gaps), shared and dense networks, router inputs and
-choices, the head.
+A short prompt and the token behind it, a step each. Every part is compared by itself on the same input, with
+experts that give nothing, so that no expert is read: attention with its cache (left padding, positions with
+gaps), shared and dense networks, router inputs and choices, the head.
 
-Shape suffixes: B sequences, S prompt tokens, D hidden, E experts, K chosen experts.
+Shape suffixes: B sequences, S tokens of one step, R = B * S rows, P positions, D hidden, E experts, K chosen
+experts, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ _NEAR_TIES = 0.75  # share of rows that must be routed alike where the model rou
 
 
 def check_native(model: PreTrainedModel, view: MoEView, decoder: NativeDecoder, seed: int = 0) -> None:
-    """Compare one decode step of ``decoder`` with the model's modules on a short random prompt.
+    """Compare two steps of ``decoder``, a short random prompt and one token, with the model's modules.
 
     Raises:
         NotNativeError: naming the part that differs, and by how much.
@@ -37,27 +38,43 @@ def check_native(model: PreTrainedModel, view: MoEView, decoder: NativeDecoder, 
     with torch.no_grad():
         for block in view.blocks:
             _check_rule(decoder, block, generator)
-        seen = _run_modules(model, view, decoder, generator)
-        _compare(decoder, seen)
+        _, layers = _cache(model, decoder)
+        for layer, plan in zip(layers, decoder.plans, strict=True):
+            layer.start(_SEQUENCES, plan.kv_heads, plan.head_dim, decoder.dtype)
+        for seen in _run_modules(model, view, decoder, generator):
+            _compare(decoder, seen, layers)
 
 
 @dataclass
 class _Seen:
-    """What the modules did in one decode step.
+    """What the modules did in one step.
 
     ``inputs`` and ``outputs`` are of each decoder layer; ``added`` what it added to the residual stream.
+    ``real_BS`` is False for padding, of which nothing is compared.
     """
 
-    embedded_BD: Tensor
-    positions_B: Tensor
+    embedded_RD: Tensor
+    positions_BS: Tensor
     first_B: Tensor
-    layers: list[GrowingLayer]
+    real_BS: Tensor
     inputs: list[Tensor] = field(default_factory=list)
     added: list[Tensor] = field(default_factory=list)
     routed: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     stored: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    last: Tensor | None = None
+    last_RD: Tensor | None = None
     logits_BV: Tensor | None = None
+
+    @property
+    def real_R(self) -> Tensor:
+        return self.real_BS.reshape(-1)
+
+
+def _cache(model: PreTrainedModel, decoder: NativeDecoder) -> tuple[DynamicCache, list[GrowingLayer]]:
+    """Return an empty cache that keeps every position, also behind a sliding window, and its layers."""
+    cache = DynamicCache(config=model.config)
+    if not adopt_cache(cache, len(decoder.plans), None):
+        raise NotNativeError(f"a cache of {', '.join(sorted({type(x).__name__ for x in cache.layers}))}")
+    return cache, cast("list[GrowingLayer]", cache.layers)
 
 
 def _check_rule(decoder: NativeDecoder, block: MoEBlock, generator: torch.Generator) -> None:
@@ -80,50 +97,48 @@ def _check_rule(decoder: NativeDecoder, block: MoEBlock, generator: torch.Genera
 
 def _run_modules(
     model: PreTrainedModel, view: MoEView, decoder: NativeDecoder, generator: torch.Generator
-) -> _Seen:
+) -> list[_Seen]:
     config = model.config
-    ids_BS = torch.randint(decoder.classes, (_SEQUENCES, _PROMPT + 1), generator=generator)
+    ids_BP = torch.randint(decoder.classes, (_SEQUENCES, _PROMPT + 1), generator=generator)
     longest = int(getattr(config, "max_position_embeddings", 0) or 4096)
-    gaps_BS = torch.randint(1, max(2, min(16, longest // (2 * _PROMPT))), ids_BS.shape, generator=generator)
-    positions_BS = gaps_BS.cumsum(1)
-    mask_BS = torch.ones_like(ids_BS)
-    mask_BS[0, :_PADDING] = 0
-    cache = DynamicCache(config=config)
-    if not adopt_cache(cache, len(decoder.plans), None):
-        raise NotNativeError(f"a cache of {', '.join(sorted({type(x).__name__ for x in cache.layers}))}")
-    seen = _Seen(
-        embed(model, decoder, ids_BS[:, -1:]),
-        positions_BS[:, -1].contiguous(),
-        torch.tensor([_PADDING, 0]),
-        cast("list[GrowingLayer]", cache.layers),
-    )
-
-    def run(part: slice, until: int) -> Any:
-        return model.forward(
-            input_ids=ids_BS[:, part],
-            attention_mask=mask_BS[:, :until],
-            position_ids=positions_BS[:, part],
-            past_key_values=cache,
-            use_cache=True,
-        )
-
-    with _evaluating(model), ExitStack() as stack:
-        for block in view.blocks:
-            stack.callback(install(block, _nothing(seen, block.layer)))
-        run(slice(0, _PROMPT), _PROMPT)
-        _watch(model, seen, stack)
-        seen.logits_BV = run(slice(_PROMPT, None), _PROMPT + 1).logits[:, -1].float()
-    for layer in seen.layers:
-        assert layer.keys is not None and layer.values is not None
-        seen.stored.append((layer.keys[:, :, -1].clone(), layer.values[:, :, -1].clone()))
-        layer.crop(-1)
-    return seen
+    gaps_BP = torch.randint(1, max(2, min(16, longest // (2 * _PROMPT))), ids_BP.shape, generator=generator)
+    positions_BP = gaps_BP.cumsum(1)
+    mask_BP = torch.ones_like(ids_BP)
+    mask_BP[0, :_PADDING] = 0
+    cache, layers = _cache(model, decoder)
+    steps = []
+    with _evaluating(model):
+        for begin, end in ((0, _PROMPT), (_PROMPT, _PROMPT + 1)):
+            seen = _Seen(
+                embed(model, decoder, ids_BP[:, begin:end]),
+                positions_BP[:, begin:end].contiguous(),
+                torch.tensor([_PADDING, 0]),
+                mask_BP[:, begin:end] == 1,
+            )
+            with ExitStack() as watching:
+                for block in view.blocks:
+                    watching.callback(install(block, _nothing(seen, block.layer)))
+                _watch(model, seen, watching)
+                out = model.forward(
+                    input_ids=ids_BP[:, begin:end],
+                    attention_mask=mask_BP[:, :end],
+                    position_ids=positions_BP[:, begin:end],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            seen.logits_BV = out.logits[:, -1].float()
+            for layer in layers:
+                assert layer.keys is not None and layer.values is not None
+                new = slice(begin - end, None)
+                seen.stored.append((layer.keys[:, :, new].clone(), layer.values[:, :, new].clone()))
+            steps.append(seen)
+    return steps
 
 
-def embed(model: PreTrainedModel, decoder: NativeDecoder, ids_B1: Tensor) -> Tensor:
-    """Return the embeddings ``[B, D]`` of one token a sequence, looked up by the model's own module."""
-    x_B1D: Tensor = model.get_input_embeddings()(ids_B1)
-    return x_B1D.reshape(len(ids_B1), -1).to(decoder.dtype).contiguous()
+def embed(model: PreTrainedModel, decoder: NativeDecoder, ids_BS: Tensor) -> Tensor:
+    """Return the embeddings ``[R, D]`` of some tokens, looked up by the model's own module."""
+    x_BSD: Tensor = model.get_input_embeddings()(ids_BS)
+    return x_BSD.flatten(0, 1).to(decoder.dtype).contiguous()
 
 
 def _nothing(seen: _Seen, layer: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -139,15 +154,15 @@ def _watch(model: PreTrainedModel, seen: _Seen, stack: ExitStack) -> None:
 
     def entering(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        seen.inputs.append(hidden[:, -1].float())
+        seen.inputs.append(hidden.flatten(0, 1).float())
         seen.added.append(torch.zeros_like(seen.inputs[-1]))
 
     def adding(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         value = output[0] if isinstance(output, tuple) else output
-        seen.added[-1] = seen.added[-1] + value.reshape(len(seen.embedded_BD), -1).float()
+        seen.added[-1] = seen.added[-1] + value.reshape(seen.added[-1].shape).float()
 
     def leaving(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.last = args[0][:, -1].float()
+        seen.last_RD = args[0].flatten(0, 1).float()
 
     body = cast(Any, model).model
     for layer in body.layers:
@@ -157,35 +172,44 @@ def _watch(model: PreTrainedModel, seen: _Seen, stack: ExitStack) -> None:
     stack.callback(body.norm.register_forward_pre_hook(leaving).remove)
 
 
-def _compare(decoder: NativeDecoder, seen: _Seen) -> None:
-    rows = len(seen.embedded_BD)
-    length = seen.layers[0].get_seq_length()
+def _compare(decoder: NativeDecoder, seen: _Seen, layers: list[GrowingLayer]) -> None:
+    rows, tokens, real_R = len(seen.embedded_RD), seen.real_BS.shape[1], seen.real_R
     tolerance = TOLERANCE[torch.bfloat16 if decoder.rounds_activations else decoder.dtype]
-    buffers = decoder.begin(seen.embedded_BD, seen.positions_B, seen.first_B, length, seen.layers)
-    hidden_BD = decoder.hidden_rows(rows)
-    _close(hidden_BD, seen.inputs[0], tolerance, "the token embedding")
-    nothing_BD = torch.zeros(rows, decoder.hidden)
+    length = layers[0].get_seq_length()
+    buffers = decoder.begin(seen.embedded_RD, seen.positions_BS, seen.first_B, length, layers)
+    hidden_RD = decoder.hidden_rows(rows)
+    what = "of a prompt" if tokens > 1 else "of a token"
+    _close(hidden_RD, seen.inputs[0], tolerance, "the token embedding")
+    nothing_RD = torch.zeros(rows, decoder.hidden)
     alike: list[bool] = []
     for index, plan in enumerate(decoder.plans):
-        hidden_BD.copy_(seen.inputs[index])
+        input_RD = torch.where(real_R[:, None], seen.inputs[index], 0.0)
+        hidden_RD.copy_(input_RD)
         decoder.native.front(index)
         if plan.moe_layer is not None:
-            x_BD, ids_BK, weights_BK = seen.routed[plan.moe_layer]
-            _close(buffers.x_BD, x_BD.float(), tolerance, f"the experts' input of layer {index}")
-            alike += _alike(buffers.routing.of(plan.moe_layer), (ids_BK, weights_BK), tolerance)
-            decoder.native.back(index, nothing_BD.data_ptr())
-        layer, stored = seen.layers[index], seen.stored[index]
-        layer.appended()
-        for name, ours_BHSd, theirs in (("keys", layer.keys, stored[0]), ("values", layer.values, stored[1])):
-            assert ours_BHSd is not None
-            _close(ours_BHSd[:, :, -1].float(), theirs.float(), tolerance, f"{name} of layer {index}")
-        _close(hidden_BD - seen.inputs[index], seen.added[index], tolerance, f"layer {index}")
+            x_RD, ids_RK, weights_RK = (value[real_R] for value in seen.routed[plan.moe_layer])
+            _close(
+                buffers.x_RD[real_R], x_RD.float(), tolerance, f"the experts' input of layer {index} {what}"
+            )
+            ours_ids_RK, ours_weights_RK = buffers.routing.of(plan.moe_layer)
+            alike += _alike((ours_ids_RK[real_R], ours_weights_RK[real_R]), (ids_RK, weights_RK), tolerance)
+            decoder.native.back(nothing_RD.data_ptr())
+        layer = layers[index]
+        layer.appended(tokens)
+        for name, ours_BHPd, theirs_BHSd in zip(
+            ("keys", "values"), (layer.keys, layer.values), seen.stored[index], strict=True
+        ):
+            assert ours_BHPd is not None
+            both = (ours_BHPd[:, :, -tokens:], theirs_BHSd)
+            ours, theirs = (x_BHSd.transpose(1, 2)[seen.real_BS].float() for x_BHSd in both)
+            _close(ours, theirs, tolerance, f"{name} of layer {index} {what}")
+        _close((hidden_RD - input_RD)[real_R], seen.added[index][real_R], tolerance, f"layer {index} {what}")
     if alike and sum(alike) < len(alike) * (1.0 if tolerance < 1e-3 else _NEAR_TIES):
         raise NotNativeError(
             f"routers choose other experts for {len(alike) - sum(alike)} of {len(alike)} rows"
         )
-    assert seen.last is not None and seen.logits_BV is not None
-    hidden_BD.copy_(seen.last)
+    assert seen.last_RD is not None and seen.logits_BV is not None
+    hidden_RD.copy_(torch.where(real_R[:, None], seen.last_RD, 0.0))
     decoder.native.head()
     _close(buffers.logits_BV.float(), seen.logits_BV, tolerance, "the output head")
 

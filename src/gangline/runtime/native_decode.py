@@ -1,11 +1,12 @@
-"""The native decode step in front of a model's own ``forward``.
+"""The native step in front of a model's own ``forward``.
 
-``generate()`` stays transformers'. A prompt runs through transformers' modules into a cache with room to
-grow; every further token of sequences that have such a cache runs through the native step. Whatever is asked
-for that the step does not do (attentions, hidden states, a loss, another cache, gradients, ...) runs through
-the modules.
+``generate()`` stays transformers'. A prompt goes into a cache with room to grow, natively where all weights
+are packed, else through transformers' modules, whose products of plain numbers are faster at many rows. Every
+further token of sequences that have such a cache runs through the native step. Whatever is asked for that the
+step does not do (logits of many positions, attentions, hidden states, a loss, another cache, gradients, ...)
+runs through the modules.
 
-Shape suffixes: B sequences, S positions, T rows, D hidden, K chosen experts.
+Shape suffixes: B sequences, S new tokens of each, P positions, T rows, D hidden, K chosen experts.
 """
 
 import functools
@@ -22,7 +23,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from gangline.kernels.cpu.decoder import NativeDecoder, NotNativeError, Routing
 from gangline.models import MoEView
-from gangline.runtime.native_cache import GrowingLayer, adopt_cache, growing_layers
+from gangline.runtime.native_cache import GrowingLayer, adopt_cache, growing_layers, unused_layers
 from gangline.runtime.native_check import check_native, embed
 from gangline.runtime.native_session import NativeSession
 from gangline.runtime.native_skeleton import native_decoder
@@ -30,6 +31,9 @@ from gangline.runtime.proofs import Proofs
 from gangline.runtime.torch_threads import pause_torch_threads
 
 logger = logging.getLogger(__name__)
+
+KEPT_ROWS = 64
+"""Rows of a step up to which its memory is kept for the next one."""
 
 _CAPTURE = "transformers.utils.output_capturing"  # its hooks do nothing unless outputs are asked for
 
@@ -86,12 +90,14 @@ def enable_native_decode(
 
 
 class NativeDecode:
-    """Serves ``model.forward`` for one-token steps; everything else goes to the model's own.
+    """Serves ``model.forward`` where only the next token is asked for; the rest goes to the model's own.
 
     Attributes:
         decoder: the native step.
         enabled: False sends everything through the modules.
-        steps: steps served since the model was loaded.
+        serves_prompts: whether it serves first tokens, and several tokens a sequence.
+        steps: passes over one further token a sequence served since the model was loaded.
+        prompts: other passes served.
     """
 
     def __init__(
@@ -100,7 +106,8 @@ class NativeDecode:
         self.decoder = decoder
         self.model = model
         self.enabled = True
-        self.steps = 0
+        self.serves_prompts = False
+        self.steps = self.prompts = 0
         self.lock = threading.Lock()
         self._moe = moe
         self._context = context
@@ -136,9 +143,9 @@ class NativeDecode:
         None if the modules must serve it. ``before_step``: see :class:`NativeSession`.
         """
         found = self._step_of(kwargs) if self.serves_sessions else None
-        if found is None:
+        if found is None or found.ids_BS.shape[1] > 1 or found.length == 0:
             return None
-        return NativeSession(self, found.layers, found.first_B, found.positions_B, before_step)
+        return NativeSession(self, found.layers, found.first_B, found.positions_BS.view(-1), before_step)
 
     def count_step(self, routing: Routing) -> None:
         """Count a step that was computed in one native call, and tell the engine of its choices."""
@@ -155,25 +162,30 @@ class NativeDecode:
             if args:
                 kwargs["input_ids"] = args[0]
             step = self._step_of(kwargs)
-            if step is not None:
-                return self._run(step)
-            self._adopt(kwargs)
-            return original(**kwargs)
+            if step is None and self._adopt(kwargs):
+                step = self._step_of(kwargs)
+            return original(**kwargs) if step is None else self._run(step)
 
         return forward
 
-    def _adopt(self, kwargs: dict[str, Any]) -> None:
+    def _adopt(self, kwargs: dict[str, Any]) -> bool:
         """Give a prompt a cache with room to grow, if the native step may go on from it."""
         cache = kwargs.get("past_key_values")
         if kwargs.get("use_cache", self.model.config.use_cache) is False or kwargs.get("labels") is not None:
-            return
+            return False
         if cache is None:
             cache = DynamicCache(config=self.model.config)
         elif type(cache) is not DynamicCache or cache.get_seq_length():
-            return
-        self._sound = not (self.decoder.parts.moved() or self._is_watched())
-        if self._sound and adopt_cache(cache, len(self.decoder.plans), self._context):
-            kwargs["past_key_values"] = cache
+            return False
+        self._sound = self._is_sound()
+        if not self._sound or not adopt_cache(cache, len(self.decoder.plans), self._context):
+            return False
+        kwargs["past_key_values"] = cache
+        return True
+
+    def _is_sound(self) -> bool:
+        """Whether the modules are still what the native step stands for."""
+        return not (self.decoder.parts.moved() or self._is_watched())
 
     def _is_watched(self) -> bool:
         """Whether somebody hooked or replaced a part of the model, and expects it to be called."""
@@ -187,28 +199,31 @@ class NativeDecode:
 
     def _step_of(self, kwargs: dict[str, Any]) -> "_Step | None":
         """Return the native step for a call of ``forward``, or None if the modules must serve it."""
-        cache, ids_BT = kwargs.get("past_key_values"), kwargs.get("input_ids")
-        if cache is None or ids_BT is None or ids_BT.dim() != 2 or ids_BT.shape[1] != 1:
+        cache, ids_BS = kwargs.get("past_key_values"), kwargs.get("input_ids")
+        if cache is None or ids_BS is None or ids_BS.dim() != 2 or ids_BS.numel() == 0:
             return None
-        layers = growing_layers(cache)
-        if (
-            layers is None
-            or not self._sound
-            or not self._plain(kwargs)
-            or len(layers) != len(self.decoder.plans)
-        ):
+        (batch, tokens), unused = ids_BS.shape, unused_layers(cache)
+        layers = unused or growing_layers(cache)
+        if layers is None or len(layers) != len(self.decoder.plans) or not self._plain(kwargs, tokens):
             return None
-        rows, length = len(ids_BT), layers[0].get_seq_length()
-        if length == 0 or layers[0].batch != rows or layers[0].dtype != self.decoder.dtype:
+        length = layers[0].get_seq_length()
+        if length == 0 or tokens > 1:
+            if not self.serves_prompts:
+                return None
+            self._sound = self._is_sound()
+        if not unused and (layers[0].batch != batch or layers[0].dtype != self.decoder.dtype):
             return None
-        first_B = _first_visible(kwargs.get("attention_mask"), rows, length + 1)
-        positions_B = _positions(kwargs.get("position_ids"), rows, length)
-        if first_B is None or positions_B is None:
+        first_B = _first_visible(kwargs.get("attention_mask"), batch, length + tokens)
+        positions_BS = _positions(kwargs.get("position_ids"), batch, tokens, length)
+        if not self._sound or first_B is None or positions_BS is None:
             return None
-        return _Step(cache, layers, ids_BT, positions_B, first_B, length)
+        if unused:
+            for layer, plan in zip(layers, self.decoder.plans, strict=True):
+                layer.start(batch, plan.kv_heads, plan.head_dim, self.decoder.dtype)
+        return _Step(cache, layers, ids_BS, positions_BS, first_B, length)
 
-    def _plain(self, kwargs: dict[str, Any]) -> bool:
-        """Whether nothing is asked for but the logits of the new token."""
+    def _plain(self, kwargs: dict[str, Any], tokens: int) -> bool:
+        """Whether nothing is asked for but the logits of the last token."""
         model, settings = self.model, vars(self.model.config)  # its own attribute access is slow
         if model.training or torch.is_autocast_enabled("cpu"):
             return False
@@ -224,7 +239,7 @@ class NativeDecode:
         ):
             return False
         keep = asked.pop("logits_to_keep", 0)
-        if not isinstance(keep, int) or keep not in (0, 1):
+        if not isinstance(keep, int) or keep not in ((0, 1) if tokens == 1 else (1,)):
             return False
         outputs = [
             asked.pop(name, settings.get(name) or settings.get(f"_{name}"))
@@ -233,19 +248,26 @@ class NativeDecode:
         return not any(outputs) and not asked and settings.get("return_dict", True) is not False
 
     def _run(self, step: "_Step") -> MoeCausalLMOutputWithPast:
-        decoder = self.decoder
+        decoder, tokens = self.decoder, step.ids_BS.shape[1]
         pause_torch_threads()
         with self.lock:
-            embedded_BD = embed(self.model, decoder, step.ids_B1)
-            buffers = decoder.begin(embedded_BD, step.positions_B, step.first_B, step.length, step.layers)
-            if decoder.resident and not self._moe.observed:
-                logits_BV = decoder.step_all(buffers)
-                self.count_step(buffers.routing)
-            else:
-                logits_BV = decoder.step(buffers, self._moe.forward)
-                self.steps += 1
+            embedded_TD = embed(self.model, decoder, step.ids_BS)
+            buffers = decoder.begin(embedded_TD, step.positions_BS, step.first_B, step.length, step.layers)
+            try:
+                if decoder.resident and not self._moe.observed:
+                    logits_BV = decoder.step_all(buffers)
+                    self._moe.stepped(buffers.routing)
+                else:
+                    logits_BV = decoder.step(buffers, self._moe.forward)
+            finally:
+                if len(embedded_TD) > KEPT_ROWS:
+                    decoder.release()
+        if tokens == 1 and step.length:
+            self.steps += 1
+        else:
+            self.prompts += 1
         for rows in step.layers:
-            rows.appended()
+            rows.appended(tokens)
         return MoeCausalLMOutputWithPast(logits=logits_BV.unsqueeze(1), past_key_values=step.cache)
 
 
@@ -255,38 +277,39 @@ class _Step:
 
     Attributes:
         cache: of which ``layers`` are the layers, all of ``length`` positions.
-        ids_B1: the tokens. positions_B: their rotary positions.
+        ids_BS: the tokens. positions_BS: their rotary positions.
         first_B: where each sequence begins in the cache.
     """
 
     cache: DynamicCache
     layers: list[GrowingLayer]
-    ids_B1: Tensor
-    positions_B: Tensor
+    ids_BS: Tensor
+    positions_BS: Tensor
     first_B: Tensor
     length: int
 
 
-def _first_visible(mask_BS: Any, rows: int, length: int) -> Tensor | None:
+def _first_visible(mask_BP: Any, rows: int, length: int) -> Tensor | None:
     """Return where each sequence begins, if the mask hides nothing but positions before that."""
-    if mask_BS is None:
+    if mask_BP is None:
         return torch.zeros(rows, dtype=torch.int64)
-    if not isinstance(mask_BS, Tensor) or mask_BS.shape != (rows, length):
+    if not isinstance(mask_BP, Tensor) or mask_BP.shape != (rows, length):
         return None
-    if mask_BS.dtype not in (torch.int64, torch.int32, torch.bool):
+    if mask_BP.dtype not in (torch.int64, torch.int32, torch.bool):
         return None
-    mask_BS = mask_BS.to(torch.int64)
-    first_B = mask_BS.argmax(1)
-    # All ones from the first on: then the last is visible, and nothing between is hidden.
-    return first_B if torch.equal(mask_BS.sum(1), length - first_B) and int(mask_BS.max()) == 1 else None
+    shown_BP = mask_BP.to(torch.int64)
+    first_B = length - shown_BP.sum(1)
+    # As many ones as there are positions from the first on, and all of them there.
+    as_counted_BP = (torch.arange(length) >= first_B[:, None]).to(torch.int64)
+    return first_B if torch.equal(shown_BP, as_counted_BP) else None
 
 
-def _positions(position_ids: Any, rows: int, length: int) -> Tensor | None:
+def _positions(position_ids: Any, rows: int, tokens: int, length: int) -> Tensor | None:
     if position_ids is None:
-        return torch.full((rows,), length, dtype=torch.int64)
-    if not isinstance(position_ids, Tensor) or position_ids.shape not in ((rows, 1), (1, 1)):
+        position_ids = torch.arange(length, length + tokens).view(1, -1)
+    if not isinstance(position_ids, Tensor) or position_ids.shape not in ((rows, tokens), (1, tokens)):
         return None
-    return position_ids.reshape(-1).to(torch.int64).expand(rows).contiguous()
+    return position_ids.to(torch.int64).expand(rows, tokens).contiguous()
 
 
 def _replaced_forwards(model: nn.Module) -> set[int]:

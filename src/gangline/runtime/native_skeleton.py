@@ -1,4 +1,4 @@
-"""Recognise the common skeleton of a MoE transformer in a model's modules, for the native decode step.
+"""Recognise the common skeleton of a MoE transformer in a model's modules, for the native step.
 
 What is read here is proved by ``native_check`` before it is used; what is not recognised is refused by name.
 """
@@ -27,7 +27,7 @@ _LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm
 
 
 def native_decoder(model: PreTrainedModel, view: MoEView) -> NativeDecoder:
-    """Return the native decode step of a model whose weights are loaded.
+    """Return the native step of a model whose weights are loaded.
 
     Raises:
         NotNativeError: naming what the native core does not know.
@@ -61,20 +61,23 @@ def _layer(made: Parts, config: Any, layer: nn.Module, index: int, blocks: dict[
     _only(layer, _LAYER_PARTS)
     network = _child(layer, "mlp")
     block = blocks.get(id(network))
+    attention, kv_heads, head_dim = _attention(made, config, _child(layer, "self_attn"), index)
     common = (
         made.norm(_child(layer, "input_layernorm")),
-        _attention(made, config, _child(layer, "self_attn"), index),
+        attention,
         made.norm(_child(layer, "post_attention_layernorm")),
     )
     if block is None:
-        return LayerPlan(made.core.DecoderLayer(*common, mlp=_mlp(made, config, network)))
+        dense = made.core.DecoderLayer(*common, mlp=_mlp(made, config, network))
+        return LayerPlan(dense, kv_heads, head_dim)
     mlp, gate = _shared(made, config, block)
     router, rule = _router(made, block), _rule(made, block)
     native = made.core.DecoderLayer(*common, router=router, rule=rule, mlp=mlp, shared_gate=gate)
-    return LayerPlan(native, block.layer, block.geometry.top_k, rule)
+    return LayerPlan(native, kv_heads, head_dim, block.layer, block.geometry.top_k, rule)
 
 
-def _attention(made: Parts, config: Any, attention: nn.Module, index: int) -> Any:
+def _attention(made: Parts, config: Any, attention: nn.Module, index: int) -> tuple[Any, int, int]:
+    """Return the native attention, and heads and width of its keys."""
     _only(attention, _ATTENTION_PARTS, parameters={"sinks"})
     q, k = _child(attention, "q_proj"), _child(attention, "k_proj")
     head_dim, scaling = getattr(attention, "head_dim", None), getattr(attention, "scaling", None)
@@ -86,13 +89,14 @@ def _attention(made: Parts, config: Any, attention: nn.Module, index: int) -> An
     sinks = getattr(attention, "sinks", None)
     q_native, k_native = made.linear(q), made.linear(k)
     clip = getattr(config, "clip_qkv", None)
-    return made.core.Attention(
+    kv_heads = k_native.rows // head_dim
+    native = made.core.Attention(
         q_native,
         k_native,
         made.linear(_child(attention, "v_proj")),
         made.linear(_child(attention, "o_proj")),
         heads=q_native.rows // head_dim,
-        kv_heads=k_native.rows // head_dim,
+        kv_heads=kv_heads,
         head_dim=head_dim,
         scaling=scaling,
         window=_window(config, index),
@@ -101,6 +105,7 @@ def _attention(made: Parts, config: Any, attention: nn.Module, index: int) -> An
         clip=float("inf") if clip is None else float(clip),
         sinks=0 if sinks is None else made.floats(sinks),
     )
+    return native, kv_heads, head_dim
 
 
 def _window(config: Any, index: int) -> int:

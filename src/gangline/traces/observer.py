@@ -3,7 +3,7 @@
 Shape suffixes: B sequences, S tokens of one pass, T rows, K slots per token, E experts, D hidden.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -27,16 +27,19 @@ class LayerRouting(NamedTuple):
 
 
 class StepRouting(Protocol):
-    """What all layers decided for the B rows of one decoding pass; nobody changes it afterwards.
+    """What all layers decided for the T rows of one pass; nobody changes it afterwards.
 
     Attributes:
-        ids: chosen experts of all layers, one ``[B, K]`` after another. weights: their mixing weights.
-        rows: B.
+        ids: chosen experts of all layers, one ``[T, K]`` after another. weights: their mixing weights.
+        rows: T.
     """
 
     ids: Tensor
     weights: Tensor
     rows: int
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Ids ``[T, K]`` and weights ``[T, K]`` of every MoE layer."""
 
 
 class RoutingObserver(Protocol):

@@ -97,10 +97,14 @@ class Recorder:
             current.inputs.append(copied(routing.inputs_TD, torch.float16, rows))
 
     def on_step(self, routing: StepRouting) -> None:
-        """Keep what all layers of one decoding pass decided."""
+        """Keep what all layers of one pass decided: as it is of a token, in small numbers of a prompt."""
         if not self._passes:
             return
         current = self._passes[-1]
+        if current.shape[1] > 1:
+            for layer, (ids_TK, weights_TK) in enumerate(routing):
+                self.on_routing(layer, LayerRouting(ids_TK, weights_TK))
+            return
         if len(routing.ids) != self._chosen * current.shape[0]:
             raise TraceError(
                 f"a step routed {len(routing.ids)} times where {self._chosen * current.shape[0]} were "

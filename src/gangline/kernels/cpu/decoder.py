@@ -1,6 +1,7 @@
-"""One decode step of a whole model in the native core, and the parts it is built from.
+"""One step of a whole model in the native core, and the parts it is built from.
 
-Shape suffixes: B sequences, D hidden, K chosen experts per token, V vocabulary.
+Shape suffixes: B sequences, S new tokens of each, R = B * S rows (one sequence's tokens after another's), D
+hidden, K chosen experts per token, V vocabulary.
 """
 
 import ctypes
@@ -16,7 +17,7 @@ from gangline.kernels.cpu import native
 _CODECS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 MoEForward = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""``forward(moe_layer, x_BD, ids_BK, weights_BK) -> y_BD``, all fp32 but the ids."""
+"""``forward(moe_layer, x_RD, ids_RK, weights_RK) -> y_RD``, all fp32 but the ids."""
 
 
 class NotNativeError(Exception):
@@ -24,10 +25,10 @@ class NotNativeError(Exception):
 
 
 class CacheLayer(Protocol):
-    """Keys and values of one layer with room for one more token: ``[B, kv heads, capacity, head dim]``."""
+    """Keys and values of one layer: ``[B, kv heads, capacity, head dim]``."""
 
-    def native_rows(self) -> tuple[int, int, int]:
-        """Return the addresses of keys and values, and the capacity."""
+    def native_rows(self, tokens: int = 1) -> tuple[int, int, int]:
+        """Make room for so many tokens; return the addresses of keys and values, and the capacity."""
         ...
 
 
@@ -111,23 +112,27 @@ class LayerPlan:
 
     Attributes:
         layer: the native description.
+        kv_heads, head_dim: of its cache.
         moe_layer: its number among the MoE layers, None if it is dense.
         k: experts per token, 0 if it is dense.
         rule: its native routing rule.
     """
 
     layer: Any
+    kv_heads: int
+    head_dim: int
     moe_layer: int | None = None
     k: int = 0
     rule: Any = None
 
 
 class NativeDecoder:
-    """One token for each of B sequences, all layers.
+    """Some new tokens of each of B sequences, all layers: one while they decode, many of a prompt.
 
-    The experts are computed by ``moe`` between the native halves of each layer (:meth:`step`), or, where
-    every expert has been given to :meth:`set_experts`, by the native core in one call (:meth:`step_all`).
-    Both give the same bits.
+    A token gets the same bits whatever is computed with it, and in however many steps. The experts are
+    computed by ``moe`` between the native halves of each layer (:meth:`step`), or, where every expert has
+    been given to :meth:`set_experts`, by the native core in one call (:meth:`step_all`). Both give the same
+    bits.
 
     Args:
         parts: what the layers were made with.
@@ -191,8 +196,8 @@ class NativeDecoder:
 
     def begin(
         self,
-        embedded_BD: Tensor,
-        positions_B: Tensor,
+        embedded_RD: Tensor,
+        positions_R: Tensor,
         first_B: Tensor,
         length: int,
         cache: Sequence[CacheLayer],
@@ -200,20 +205,21 @@ class NativeDecoder:
         """Start a step; all tensors are contiguous.
 
         Args:
-            embedded_BD: embeddings of the tokens in the model's number format.
-            positions_B: rotary positions, int64. first_B: cache position each sequence begins at, int64.
+            embedded_RD: embeddings of the tokens in the model's number format.
+            positions_R: rotary positions, int64. first_B: cache position each sequence begins at, int64.
             length: positions in the cache before this step.
-            cache: one entry a layer, with room for one more.
+            cache: one entry a layer.
         """
-        buffers = self.buffers(len(embedded_BD))
-        addresses = [number for layer in cache for number in layer.native_rows()]
-        embedded, positions, first = (tensor.data_ptr() for tensor in (embedded_BD, positions_B, first_B))
+        sequences = len(first_B)
+        buffers = self.buffers(sequences, len(embedded_RD) // sequences)
+        addresses = [number for layer in cache for number in layer.native_rows(buffers.tokens)]
+        embedded, positions, first = (tensor.data_ptr() for tensor in (embedded_RD, positions_R, first_B))
         self.start(buffers, embedded, positions, first, length, addresses)
         return buffers
 
-    def buffers(self, rows: int) -> "StepBuffers":
-        """Return room for what a step of so many sequences reads and writes on the Python side."""
-        return StepBuffers(rows, self.hidden, self._k, self.classes, self.dtype)
+    def buffers(self, sequences: int, tokens: int = 1) -> "StepBuffers":
+        """Return room for what a step reads and writes on the Python side."""
+        return StepBuffers(sequences, tokens, self.hidden, self._k, self.classes, self.dtype)
 
     def start(
         self,
@@ -225,26 +231,41 @@ class NativeDecoder:
         cache: Sequence[int],
     ) -> None:
         """As :meth:`begin`, of addresses: ``cache`` holds keys, values and capacity of every layer."""
-        self.native.begin(len(buffers.x_BD), embedded, positions, first, length, cache, *buffers.addresses)
+        self.native.begin(
+            len(buffers.logits_BV),
+            buffers.tokens,
+            embedded,
+            positions,
+            first,
+            length,
+            cache,
+            *buffers.addresses,
+        )
 
     def step(self, buffers: "StepBuffers", moe: MoEForward) -> Tensor:
-        """Return the logits ``[B, V]``; ``moe`` computes the experts of each MoE layer."""
+        """Return the logits ``[B, V]`` of the last tokens; ``moe`` computes the experts of each MoE layer."""
         for index, plan in enumerate(self.plans):
             self.native.front(index)
             if plan.moe_layer is not None:
-                ids_BK, weights_BK = buffers.routing.of(plan.moe_layer)
-                y_BD = moe(plan.moe_layer, buffers.x_BD, ids_BK, weights_BK).float().contiguous()
-                self.native.back(index, y_BD.data_ptr())
+                ids_RK, weights_RK = buffers.routing.of(plan.moe_layer)
+                y_RD = moe(plan.moe_layer, buffers.x_RD, ids_RK, weights_RK).float().contiguous()
+                self.native.back(y_RD.data_ptr())
         self.native.head()
         return buffers.logits_BV
 
     def step_all(self, buffers: "StepBuffers") -> Tensor:
-        """Return the logits ``[B, V]`` of one native call; ``buffers.routing`` then tells what was chosen."""
+        """Return the logits ``[B, V]`` of the last tokens by one native call; ``buffers.routing`` then tells
+        what was chosen.
+        """
         self.native.step_all()
         return buffers.logits_BV
 
+    def release(self) -> None:
+        """Give back the memory of the last step, which was a large one."""
+        self.native.release()
+
     def hidden_rows(self, rows: int) -> Tensor:
-        """Return the residual stream ``[B, D]`` of the step under way, in place (for checks)."""
+        """Return the residual stream ``[R, D]`` of the step under way, in place (for checks)."""
         stride = self.native.hidden_stride
         count = (rows - 1) * stride + self.hidden
         raw = (ctypes.c_float * count).from_address(self.native.hidden)
@@ -255,8 +276,8 @@ class Routing:
     """What the routers of one step chose; new tensors in every step.
 
     Attributes:
-        ids: of all MoE layers, one ``[B, K]`` after another, int64. weights: the same in fp32.
-        rows: B.
+        ids: of all MoE layers, one ``[R, K]`` after another, int64. weights: the same in fp32.
+        rows: R.
     """
 
     def __init__(self, rows: int, k: Sequence[int]) -> None:
@@ -265,14 +286,14 @@ class Routing:
         self.rows, self._k = rows, k
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Ids ``[B, K]`` and weights ``[B, K]`` of every MoE layer."""
+        """Ids ``[R, K]`` and weights ``[R, K]`` of every MoE layer."""
         if len(set(self._k)) == 1:
             shape = (len(self._k), self.rows, self._k[0])
             return zip(self.ids.view(shape).unbind(), self.weights.view(shape).unbind(), strict=True)
         return (self.of(layer) for layer in range(len(self._k)))
 
     def of(self, moe_layer: int) -> tuple[Tensor, Tensor]:
-        """Return ids ``[B, K]`` and weights ``[B, K]`` of one MoE layer."""
+        """Return ids ``[R, K]`` and weights ``[R, K]`` of one MoE layer."""
         begin, k = self.rows * sum(self._k[:moe_layer]), self._k[moe_layer]
         end = begin + self.rows * k
         return self.ids[begin:end].view(self.rows, k), self.weights[begin:end].view(self.rows, k)
@@ -282,17 +303,21 @@ class StepBuffers:
     """What one step reads and writes on the Python side.
 
     Attributes:
-        x_BD: input of the experts of the layer under way, fp32; changes with every layer.
+        tokens: S.
+        x_RD: input of the experts of the layer under way, fp32; changes with every layer.
         routing: what the routers chose.
-        logits_BV: in the model's number format.
+        logits_BV: of the last tokens, in the model's number format.
         addresses: of these tensors, as the native step takes them.
     """
 
-    def __init__(self, rows: int, hidden: int, k: Sequence[int], classes: int, dtype: torch.dtype) -> None:
-        self.x_BD = torch.empty(rows, hidden)
-        self.routing = Routing(rows, k)
-        self.logits_BV = torch.empty(rows, classes, dtype=dtype)
-        written = (self.x_BD, self.routing.ids, self.routing.weights, self.logits_BV)
+    def __init__(
+        self, sequences: int, tokens: int, hidden: int, k: Sequence[int], classes: int, dtype: torch.dtype
+    ) -> None:
+        self.tokens = tokens
+        self.x_RD = torch.empty(sequences * tokens, hidden)
+        self.routing = Routing(sequences * tokens, k)
+        self.logits_BV = torch.empty(sequences, classes, dtype=dtype)
+        written = (self.x_RD, self.routing.ids, self.routing.weights, self.logits_BV)
         self.addresses = tuple(tensor.data_ptr() for tensor in written)
 
 
