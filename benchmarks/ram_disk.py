@@ -14,9 +14,11 @@ layers at the same relative depth, each of its 16 experts standing for a fixed g
 are the model's top 8. llama.cpp cannot follow a trace; there the policies stand beside plain LRU.
 
 `default` and `lru` (one list for all layers) read nothing ahead, `moe-infinity` reads ahead what earlier
-sequences used. --tune lets ``gangline tune`` choose for each budget first and runs its choice too. "share of
-the bound": bytes read over the fastest random reads of expert size that the disk showed anywhere at that
-budget, a side at work included. Needs Linux and root, and: pip install "gangline[gguf]" llama-cpp-python
+sequences used; --also adds others to the uniform part, for example hobbit-exact, and hobbit with its two
+precisions, which is approximate: it may read copies in int2 or leave experts out. --tune lets ``gangline
+tune`` choose for each budget first and runs its choice too. "share of the bound": bytes read over the fastest
+random reads of expert size that the disk showed anywhere at that budget, a side at work included. Needs Linux
+and root, and: pip install "gangline[gguf]" llama-cpp-python
 """
 
 import argparse
@@ -39,6 +41,7 @@ from gangline.core.geometry import LayerGeometry, MoEGeometry
 from gangline.core.sizes import format_size
 from gangline.evaluation.plain import find_checkpoint, load_tokenizer
 from gangline.evaluation.policy_runs import cut_pieces, record_pieces
+from gangline.policies.compositions import COMPOSITIONS
 
 PROMPT = native_vs_peers.DECODE_PROMPT
 MIB = 2**20
@@ -93,7 +96,8 @@ class Study:
             for name in [*names[turn:], *names[:turn]]:
                 more: dict[str, Any] = {}
                 if name != PEER:
-                    more = {"policy": self._policy(name)}
+                    mixed = name in COMPOSITIONS and COMPOSITIONS[name].precision is not None
+                    more = {"policy": self._policy(name), "mode": "mixed" if mixed else "hint"}
                     more["replay"] = None if replay is None else str(replay[number])
                 run = offload_vs_peers.run_side("ours" if name != PEER else PEER, self.settings, **more)
                 if run is None:
@@ -136,6 +140,20 @@ def hit_rate(run: Run) -> float:
     return 100 * stats["host_hits"] / (stats["host_hits"] + stats["host_misses"])
 
 
+def approximate_rows(case: str, runs: list[Run]) -> list[Row]:
+    """Shares of experts in low precision and left out, of all that routers chose."""
+    rows = []
+    for what, names in (("in low precision", ("low_hits", "low_misses")), ("left out", ("skipped",))):
+        shares = [
+            100
+            * sum(run.decode_stats[name] for name in names)
+            / sum(run.decode_stats[name] for name in ("host_hits", "host_misses", "skipped"))
+            for run in runs
+        ]
+        rows.append(compare(case, f"experts {what}, %", shares))
+    return rows
+
+
 def rows_of(work: str, runs: Mapping[str, list[Run]], beside: str, peer: str) -> list[Row]:
     """Every side of ours beside the one called ``beside``, which rows call ``peer``."""
     disk = offload_vs_peers.most_shown(run for done in runs.values() for run in done)
@@ -155,9 +173,21 @@ def rows_of(work: str, runs: Mapping[str, list[Run]], beside: str, peer: str) ->
             ratios = [a / b for a, b in zip(speeds, others, strict=True)]
             rows.append(compare(case, f"times {peer}'s tokens/s", ratios))
         rows.append(compare(case, "hit rate, %", [hit_rate(run) for run in ours]))
+        if name in COMPOSITIONS and COMPOSITIONS[name].precision is not None:
+            rows += approximate_rows(case, ours)
         read = [run.decode_bytes / MIB for run in ours]
-        read_theirs = [run.decode_bytes / MIB for run in theirs] if against else []
-        rows.append(compare(case, "MiB read per token", read, against, read_theirs, higher_is_better=False))
+        both = against is not None and all(read)  # no ratio to a side that found everything in memory
+        read_theirs = [run.decode_bytes / MIB for run in theirs] if both else []
+        rows.append(
+            compare(
+                case,
+                "MiB read per token",
+                read,
+                against if both else None,
+                read_theirs,
+                higher_is_better=False,
+            )
+        )
         rows.append(
             compare(
                 case,
@@ -205,14 +235,16 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[Row]:
     for study in studies:
         shown = len(rows)
         study.settings.read_ahead = arguments.read_ahead
-        policies = ["default", "lru"]
+        policies = ["default", "lru", *arguments.also]
         chosen = study.tuned() if arguments.tune else None
-        if chosen is not None and chosen not in policies:
-            policies.append(chosen)
+        policies = list(dict.fromkeys([*policies, *([] if chosen is None else [chosen])]))
         work = f"{study.name} ({format_size(study.memory)}), uniform routing"
         rows += rows_of(work, study.runs([*policies, PEER]), PEER, peer)
         if replays is not None:
-            runs = study.runs(list(dict.fromkeys([*policies, *arguments.ahead])), replays)
+            names = ["default", "lru", *arguments.ahead]
+            if chosen is not None:
+                names.append(chosen)
+            runs = study.runs(list(dict.fromkeys(names)), replays)
             work = f"{study.name} ({format_size(study.memory)}), routing of demo"
             rows += rows_of(work, runs, "lru", "plain LRU")
         for row in rows[shown:]:
@@ -243,6 +275,7 @@ def parse() -> argparse.Namespace:
     add("--fractions", type=float, nargs="+", default=[0.25, 0.5, 0.75])
     add("--of", choices=("experts", "file"), default="experts", help="what they are shares of")
     add("--ahead", nargs="*", default=["moe-infinity"], help="policies that read ahead, for the replay")
+    add("--also", nargs="*", default=[], help="other policies for the uniform part; hobbit is approximate")
     add("--tune", type=int, default=0, metavar="ROUNDS", help="let gangline tune choose with so many rounds")
     add("--read-aheads", type=int, nargs="+", default=[64, 128, 512], help="KiB to try for llama.cpp")
     add("--rounds", type=int, default=2, help="of the uniform part")

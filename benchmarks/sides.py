@@ -98,6 +98,7 @@ def open_engine(job: dict[str, Any]) -> Engine:
             ctx_size=job["context"],
             precision=job.get("precision", "stored"),
             policy=job.get("policy"),
+            mode=job.get("mode", "hint"),
         )
         return TransformersEngine(model)
     from transformers import AutoModelForCausalLM

@@ -9,13 +9,14 @@ import torch
 
 from gangline.core.errors import UsageError
 from gangline.core.geometry import LayerGeometry, MoEGeometry
-from gangline.core.keys import ExpertKey
+from gangline.core.keys import ExpertKey, low_copy
 from gangline.policies import batching, precision, prefetch, schedule
 from gangline.policies.caches import CACHES
-from gangline.policies.compositions import COMPOSITIONS, composition, read_composition
+from gangline.policies.compositions import COMPOSITIONS, composition, make_precision, read_composition
 from gangline.policies.parts import Material, build_parts
 from gangline.policies.predictors import PREDICTORS, make_predictor
 from gangline.policies.predictors.pregate import PreGates
+from policy_replay import random_events
 
 GEOMETRY = MoEGeometry((LayerGeometry(8, 2, 4, 4),) * 3)
 
@@ -94,6 +95,54 @@ def test_parts_can_be_switched_off():
     found = read("like: hobbit-exact\npredictor: none\nprefetcher:\ncache: lru\nscope: global\n")
     assert (found.predictor, found.prefetcher, found.scope) == ("none", None, "global")
     assert build_parts(found, Material(GEOMETRY), [(4, [0, 2]), (3, [1])]).passive
+
+
+def test_a_file_may_set_the_second_precision():
+    found = read("like: hobbit\nprecision: {name: HobbitPrecision, high: 0.4, bits: int3, share: 0.1}\n")
+    mixed = make_precision(found)
+    assert (mixed.rule.high, mixed.rule.low, mixed.bits, mixed.share) == (0.4, 0.9, "int3", 0.1)
+    assert not found.exact and read("like: hobbit\nprecision:\n").exact
+    assert read("like: hobbit\nprecision: {name: HobbitPrecision, high: 1, low: 1}\n").exact
+    parts = build_parts(found, Material(GEOMETRY, [lambda x: x] * 3), [(9, range(3)), (4, range(3, 6))])
+    assert parts.precision.high == 0.4 and parts.prefetcher.precision is parts.precision
+    assert {"ids", "weights"} <= parts.needs
+    assert (
+        build_parts(found, Material(GEOMETRY, [lambda x: x] * 3), 9).precision is None
+    )  # no slots for copies
+    for text, says in (
+        ("Rounding", "no precision rule"),
+        ("{name: HobbitPrecision, higher: 1}", "no parameter 'higher'"),
+        ("{name: HobbitPrecision, share: 1}", "between 0 and 1"),
+        ("{name: HobbitPrecision, bits: 2}", "must be the name of a precision"),
+        ("{name: HobbitPrecision, high: 2, low: 1}", "T1 <= T2"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            read(f"like: hobbit\nprecision: {text}\n")
+
+
+@pytest.mark.parametrize("cache", ["lru", "layer-lru", "hobbit", "lfru", "arc"])
+def test_a_cache_of_copies_does_what_one_of_experts_does(cache, seed):
+    """The same events, hits, admissions and victims, three layers behind."""
+    found = replace(composition("hobbit"), cache=cache, scope="layer" if cache == "layer-lru" else "global")
+    material = Material(GEOMETRY, [lambda x: x] * 3)
+    own, copies = build_parts(found, material, [(5, range(3)), (5, range(3, 6))]).caches
+    held: set[ExpertKey] = set()
+    for event in random_events(seed, layers=3):
+        hits = tuple(e for e in event.experts if ExpertKey(event.layer, e) in held)
+        leased = {ExpertKey(event.layer, expert) for expert in event.experts}
+        own.on_event(event, hits)
+        copies.on_event(replace(event, layer=event.layer + 3), hits)
+        for key in sorted(leased - held):
+            if len(held) == 5:
+                victim = own.victim(event.layer, lambda k, leased=leased: k not in leased)
+                same = copies.victim(event.layer + 3, lambda k, leased=leased: (k[0] - 3, k[1]) not in leased)
+                assert victim is not None and same == low_copy(victim, 3)
+                held.remove(victim)
+                own.evicted(victim)
+                copies.evicted(same)
+            held.add(key)
+            own.admitted(key)
+            copies.admitted(low_copy(key, 3))
 
 
 @pytest.mark.parametrize("name", sorted(COMPOSITIONS))

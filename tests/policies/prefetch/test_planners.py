@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from gangline.core.cost import CostTable, straight
 from gangline.core.forecast import Forecast
-from gangline.core.keys import ExpertKey
+from gangline.core.keys import ExpertKey, low_copy
 from gangline.core.precision import Precision
 from gangline.core.tiers import Priority
 from gangline.policies.precision import HobbitPrecision
@@ -94,6 +94,35 @@ def test_first_missing_looks_one_layer_further():
     low = FirstMissing(2, HobbitPrecision(0.5, 0.95))
     assert not low.exact
     assert [f.precision for f in low.plan(forecasts[1:], nothing)] == [Precision.HIGH, Precision.LOW]
+
+
+def test_either_copy_will_do_where_low_precision_is_wanted():
+    """Copies are named like experts of layers behind the last; here of a model of 4 layers."""
+    planner, forecasts = FirstMissing(2, HobbitPrecision(0.5, 0.95), 4), [ahead(2, e4=0.9, e5=0.1)]
+    for held, left in (
+        (set(), [(4, Precision.HIGH), (5, Precision.LOW)]),
+        ({low_copy(ExpertKey(2, 5), 4), low_copy(ExpertKey(2, 4), 4)}, [(4, Precision.HIGH)]),
+        ({ExpertKey(2, 5)}, [(4, Precision.HIGH)]),
+        ({ExpertKey(2, 4)}, [(5, Precision.LOW)]),
+        ({ExpertKey(2, 4), low_copy(ExpertKey(2, 5), 4)}, []),
+    ):
+        fetches = planner.plan(forecasts, held.__contains__)
+        assert [(f.key.expert, f.precision) for f in fetches] == left
+    assert planner.plan(forecasts, nothing)[1].what(4) == ExpertKey(6, 5)
+
+
+def test_reads_of_both_precisions_lose_their_turn():
+    queued = {
+        ExpertKey(1, 0),
+        ExpertKey(1, 3),
+        ExpertKey(2, 0),
+        ExpertKey(5, 3),
+        ExpertKey(5, 7),
+        ExpertKey(6, 3),
+    }
+    stale, left = WholeSet().after_routing(event(1, [3]), queued, 4)
+    assert set(stale) == {ExpertKey(1, 0), ExpertKey(5, 7)}
+    assert left == {ExpertKey(2, 0), ExpertKey(6, 3)}
 
 
 def test_by_gain_fetches_what_saves_most():
