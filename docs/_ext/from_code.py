@@ -36,7 +36,7 @@ def write_policies(folder: Path) -> None:
             predictor += f", {found.ahead} ahead"
         prefetcher = "" if found.prefetcher is None else f"`{found.prefetcher}`"
         scope = "per layer" if found.scope == "layer" else "one pool"
-        live = "exact" if found.exact else "refused: approximate"
+        live = "exact" if found.exact else "approximate: `--mode mixed`"
         cells = (f"`{name}`", f"`{found.cache}`", scope, predictor, prefetcher, live, found.left_out)
         lines.append(f"| {' | '.join(cells)} |")
     (folder / "policies.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
