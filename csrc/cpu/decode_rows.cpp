@@ -100,14 +100,15 @@ Activations ActivationRows::as(const Matrix& w, int rows) const {
     return a;
 }
 
-void multiply(const Product* products, int count, Team team, std::atomic<int>& next) {
+void multiply(const Product* products, int count, Team team, TaskRanges& ranges) {
     const auto blocks = [](const Product& p) { return (p.linear->matrix.rows + row_block - 1) / row_block; };
     int total = 0;
     for (int i = 0; i < count; ++i) total += blocks(products[i]);
     // Even, because the tiles of sparse matrices have 32 rows as a rule.
     const int step = std::clamp(total / (team.workers * tasks_per_worker) / 2 * 2, 2, most_blocks);
-    for (int from = next.fetch_add(step); from < total; from = next.fetch_add(step)) {
-        const int to = std::min(from + step, total);
+    const int tasks = (total + step - 1) / step;
+    for (int task; (task = ranges.take(tasks, team.worker, team.workers)) >= 0;) {
+        const int from = task * step, to = std::min(from + step, total);
         int first = 0;  // block number of the product's first row
         for (int i = 0; i < count && first < to; ++i) {
             const Product& p = products[i];

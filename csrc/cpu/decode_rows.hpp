@@ -2,13 +2,13 @@
 // products themselves, split between the workers of one parallel call.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
 
 #include "buffer.hpp"
 #include "matrix.hpp"
+#include "task_ranges.hpp"
 
 namespace gangline {
 
@@ -71,8 +71,8 @@ struct Product {
     const float* gate = nullptr;  // [rows], or none: what is added to the residual is scaled by its sigmoid
 };
 
-// Some products that do not depend on each other, by all workers: each takes the next rows when it is done with some, so that
-// one whom the system holds up does not hold up the others. `next` is zero before, and the same for all.
-void multiply(const Product* products, int count, Team team, std::atomic<int>& next);
+// Some products that do not depend on each other, by all workers: one whom the system holds up does not hold up the others.
+// Nothing of `ranges` is taken before.
+void multiply(const Product* products, int count, Team team, TaskRanges& ranges);
 
 }  // namespace gangline

@@ -55,6 +55,7 @@ void Decoder::count_routed() {
 
 void Decoder::begin(const Step& step) {
     step_ = step;
+    for (TaskRanges& ranges : products_) ranges.restart(threads());
     cut_cache();
     make_buffers();
     find_angles();
@@ -108,6 +109,7 @@ void Decoder::make_buffers() {
     router_.want(size(rows * router));
     scratch_.want(size(rows * 2 * router));
     if (spec_.numbers != Format::f32) logits_.want(size(std::ptrdiff_t{step_.sequences} * spec_.head.matrix.rows));
+    want_sums();
     if (step_.tokens > 1) return;
     std::ptrdiff_t pieces = 0;
     for (std::size_t l = 0; l < spec_.layers.size(); ++l) {
@@ -177,9 +179,9 @@ void Decoder::normalise(const Norm& norm, Rows rows, Team team) {
 
 // Products, and the meeting behind them. The next products use another counter, so that this one can be set back.
 void Decoder::multiply_all(const Product* products, int count, Team team, int counter) {
-    multiply(products, count, team, next_[counter]);
+    multiply(products, count, team, products_[counter]);
     barrier();
-    if (team.worker == 0) next_[counter].store(0, std::memory_order_relaxed);
+    if (team.worker == 0) products_[counter].restart(team.workers);
 }
 
 void Decoder::attention(int layer, Rows block, Team team) {

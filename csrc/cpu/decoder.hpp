@@ -172,7 +172,9 @@ private:
     void experts(int layer, Team team);
     void group_pairs(int layer);
     void prepare_run(int layer, int workers);
-    void add_run(int k, int begin, int end, Team team);
+    bool in_runs(int k) const;
+    void want_sums();
+    void add_pairs(int k, int row, int column, int count, float* sum) const;
     // x_ += y, columns [begin, begin + count) of one row; y begins at that column.
     void add_output(int row, int begin, int count, const float* y);
 
@@ -199,7 +201,8 @@ private:
     DecoderSpec spec_;
     Step step_;
     std::vector<std::ptrdiff_t> routed_before_;  // for each layer: k of the MoE layers before it, added up
-    std::atomic<int> next_[3] = {};  // what the workers have taken of some products, or of attention
+    TaskRanges products_[2];  // what the workers have taken of some products
+    std::atomic<int> next_tile_{0};  // of attention
     std::vector<int> cut_of_layer_;
     std::vector<Cut> cuts_;
 
@@ -226,7 +229,7 @@ private:
     int run_begin_ = 0, run_end_ = 0;  // pairs that are computed together
     int next_expert_ = 0;              // first that has pairs behind the run
     Buffer<float> pair_output_;        // [pairs of a run, hidden]
-    Buffer<float> sums_;               // [rows, hidden], where a layer takes several runs
+    Buffer<float> sums_;               // [rows, hidden], where a layer takes several runs; zeros between layers
 };
 
 }  // namespace gangline

@@ -245,10 +245,10 @@ void Decoder::attend_tiles(int layer, Rows block, Team team) {
     for (int s = block.begin / step_.tokens; s <= (block.begin + block.count - 1) / step_.tokens; ++s)
         tiles += tiles_of(block, s, tile_tokens);
     // Neighbours in time share keys and values; the longest come first.
-    for (int i = next_[2].fetch_add(1); i < tiles * a.kv_heads; i = next_[2].fetch_add(1))
+    for (int i = next_tile_.fetch_add(1); i < tiles * a.kv_heads; i = next_tile_.fetch_add(1))
         attend_tile(layer, block, tile_at(block, tile_tokens, tiles - 1 - i % tiles), i / tiles);
     barrier();
-    if (team.worker == 0) next_[2].store(0, std::memory_order_relaxed);
+    if (team.worker == 0) next_tile_.store(0, std::memory_order_relaxed);
     const int blocks = attended_.blocks();
     const Range mine = share(block.count * blocks, 1, team.worker, team.workers);
     for (int i = mine.begin; i < mine.end; ++i) attended_.quantize(i / blocks, i % blocks, attended_.columns());

@@ -81,9 +81,7 @@ void Decoder::group_pairs(int layer) {
         pairs_of_row_[static_cast<std::size_t>(row * k + filled_[static_cast<std::size_t>(row)]++)] = p;
     }
     run_end_ = next_expert_ = 0;
-    const std::size_t hidden = static_cast<std::size_t>(spec_.hidden);
-    pair_output_.want(static_cast<std::size_t>(std::min(pairs, pairs_of_run(step_.rows()))) * hidden);
-    if (pairs > pairs_of_run(step_.rows())) sums_.want(static_cast<std::size_t>(step_.rows()) * hidden);
+    if (!in_runs(k)) pair_output_.want(order_.size() * static_cast<std::size_t>(spec_.hidden));
 }
 
 // The next pairs that are computed together: those of whole experts if possible.
@@ -111,46 +109,61 @@ void Decoder::prepare_run(int layer, int workers) {
     call_.starts = starts_.data();
     call_.experts = chosen_.data();
     call_.count = static_cast<int>(chosen_.size());
-    call_.y = pair_output_.data();
+    const bool adds_up = in_runs(spec_.layers[l].rule.k);
+    call_.y = adds_up ? nullptr : pair_output_.data();
+    call_.weight_of_pair = weight_of_pair_.data() + run_begin_;
+    call_.sum = adds_up ? sums_.data() : nullptr;
     run_.prepare(call_, workers);
+}
+
+// Whether a layer's pairs are too many for one run. Runs add their outputs up themselves.
+bool Decoder::in_runs(int k) const { return step_.rows() * k > pairs_of_run(step_.rows()); }
+
+// Sums are zero when a layer begins: each adds its own to x_ and leaves zeros for the next.
+void Decoder::want_sums() {
+    const auto takes_runs = [this](const DecoderLayer& l) { return l.router && in_runs(l.rule.k); };
+    if (experts_.empty() || !std::any_of(spec_.layers.begin(), spec_.layers.end(), takes_runs)) return;
+    const std::size_t count = static_cast<std::size_t>(step_.rows()) * static_cast<std::size_t>(spec_.hidden);
+    std::fill_n(sums_.want(count), count, 0.0f);
 }
 
 void Decoder::experts(int layer, Team team) {
     const int k = spec_.layers[static_cast<std::size_t>(layer)].rule.k, pairs = step_.rows() * k;
+    const bool adds_up = in_runs(k);
     for (int begin = 0; begin < pairs;) {
         if (team.worker == 0) {
-            // Others may still be adding up the run before: no buffer of theirs moves but at a layer's begin.
             if (begin == 0) group_pairs(layer);
             prepare_run(layer, team.workers);
         }
         barrier();
-        const int end = run_end_;
+        begin = run_end_;  // before the first worker prepares the next run
         run_.work_prepared(team.worker, team.workers);
         barrier();
-        add_run(k, begin, end, team);
-        begin = end;
+    }
+    constexpr int block = ActivationRows::block;
+    const int blocks = (spec_.hidden + block - 1) / block;
+    const Range mine = share(step_.rows() * blocks, 1, team.worker, team.workers);
+    for (int i = mine.begin; i < mine.end; ++i) {
+        const int row = i / blocks, column = i % blocks * block, count = std::min(block, spec_.hidden - column);
+        if (adds_up) {
+            float* sum = sums_.data() + std::ptrdiff_t{row} * spec_.hidden + column;
+            add_output(row, column, count, sum);
+            std::fill_n(sum, count, 0.0f);
+        } else {
+            float sum[block] = {};
+            add_pairs(k, row, column, count, sum);
+            add_output(row, column, count, sum);
+        }
     }
     barrier();
 }
 
-// Adds the outputs of pairs [begin, end) to the sums of their rows; behind the last run these are added to x_.
-void Decoder::add_run(int k, int begin, int end, Team team) {
-    constexpr int block = ActivationRows::block;
-    const int blocks = (spec_.hidden + block - 1) / block, pairs = step_.rows() * k;
-    const Range mine = share(step_.rows() * blocks, 1, team.worker, team.workers);
-    for (int i = mine.begin; i < mine.end; ++i) {
-        const int row = i / blocks, column = i % blocks * block, count = std::min(block, spec_.hidden - column);
-        float sum[block] = {};
-        const std::ptrdiff_t at = std::ptrdiff_t{row} * spec_.hidden + column;
-        if (begin > 0) std::copy_n(sums_.data() + at, count, sum);
-        for (int n = 0; n < k; ++n) {
-            const int p = pairs_of_row_[static_cast<std::size_t>(row * k + n)];
-            if (p < begin || p >= end) continue;
-            const float* y = pair_output_.data() + std::ptrdiff_t{p - begin} * spec_.hidden + column;
-            kernels().rows.accumulate(weight_of_pair_[static_cast<std::size_t>(p)], y, sum, count);
-        }
-        if (end == pairs) add_output(row, column, count, sum);
-        else std::copy_n(sum, count, sums_.data() + at);
+// Adds the outputs of a row's pairs, columns [column, column + count).
+void Decoder::add_pairs(int k, int row, int column, int count, float* sum) const {
+    for (int n = 0; n < k; ++n) {
+        const int p = pairs_of_row_[static_cast<std::size_t>(row * k + n)];
+        const float* y = pair_output_.data() + std::ptrdiff_t{p} * spec_.hidden + column;
+        kernels().rows.accumulate(weight_of_pair_[static_cast<std::size_t>(p)], y, sum, count);
     }
 }
 

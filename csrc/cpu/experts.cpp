@@ -136,8 +136,9 @@ void ExpertsRun::plan_slab(int workers) {
                                         [](const Segment& s) { return s.pair_end - s.pair_begin > 1; });
     rows_.plan(call_.x, slab_begin_, slab_end_, first_group_, contiguous, slab_begin_ > 0, workers);
     h_.want(slab_end_ - slab_begin_, layer.intermediate, down_group_);
-    gate_up_tasks_.plan(gate_up_count_, workers);
-    down_tasks_.plan(call_.sum == nullptr ? down_count_ : pieces(layer.hidden, sum_rows_), workers);
+    if (call_.sum != nullptr) down_count_ = pieces(layer.hidden, sum_rows_);
+    gate_up_tasks_.restart(workers);
+    down_tasks_.restart(workers);
 }
 
 void ExpertsRun::work(const ExpertsCall& call, int worker, int workers) {
@@ -173,7 +174,7 @@ void ExpertsRun::gate_up_tasks(int worker) {
     if (gate_up_count_ == 0) return;
     float* room = rooms_.data() + static_cast<std::size_t>(worker) * static_cast<std::size_t>(room_);
     const Segment* segment = gate_up_segments_.data();
-    for (int task = gate_up_tasks_.take(worker); task >= 0; task = gate_up_tasks_.take(worker)) {
+    for (int task; (task = gate_up_tasks_.take(gate_up_count_, worker, workers_)) >= 0;) {
         segment = segment_of(gate_up_segments_, segment, task);
         const int blocks = (segment->pair_end - segment->pair_begin + block_tokens - 1) / block_tokens;
         const int local = task - segment->first_task;
@@ -239,7 +240,7 @@ void ExpertsRun::gate_up_task(const Segment& segment, int chunk, int block, floa
 void ExpertsRun::down_tasks(int worker) {
     if (down_count_ == 0) return;
     const Segment* segment = down_segments_.data();
-    for (int task = down_tasks_.take(worker); task >= 0; task = down_tasks_.take(worker)) {
+    for (int task; (task = down_tasks_.take(down_count_, worker, workers_)) >= 0;) {
         segment = segment_of(down_segments_, segment, task);
         const int blocks = (segment->pair_end - segment->pair_begin + block_tokens - 1) / block_tokens;
         const int local = task - segment->first_task;
@@ -267,7 +268,7 @@ void ExpertsRun::down_task(const Segment& segment, int chunk, int block) {
 void ExpertsRun::sum_tasks(int worker) {
     const int hidden = call_.layer->hidden;
     float* room = rooms_.data() + static_cast<std::size_t>(worker) * static_cast<std::size_t>(room_);
-    for (int task = down_tasks_.take(worker); task >= 0; task = down_tasks_.take(worker)) {
+    for (int task; (task = down_tasks_.take(down_count_, worker, workers_)) >= 0;) {
         const int begin = task * sum_rows_, end = std::min(begin + sum_rows_, hidden);
         for (const Segment& segment : down_segments_) {
             for (int pair = segment.pair_begin; pair < segment.pair_end; pair += block_tokens) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <memory>
 
 #include "threads.hpp"
@@ -11,38 +12,34 @@ namespace gangline {
 
 class TaskRanges {
 public:
-    // By one worker, before all others pass a barrier.
-    void plan(int tasks, int workers) {
+    // By one worker, while nobody takes tasks: nothing is taken yet.
+    void restart(int workers) {
         if (workers > room_) {
-            ranges_ = std::make_unique<Tasks[]>(static_cast<std::size_t>(workers));
+            taken_ = std::make_unique<Count[]>(static_cast<std::size_t>(workers));
             room_ = workers;
         }
-        workers_ = workers;
-        for (int w = 0; w < workers; ++w) {
-            const Range mine = share(tasks, 1, w, workers);
-            ranges_[static_cast<std::size_t>(w)].end = mine.end;
-            ranges_[static_cast<std::size_t>(w)].next.store(mine.begin, std::memory_order_relaxed);
-        }
+        for (int w = 0; w < workers; ++w) taken_[static_cast<std::size_t>(w)].tasks.store(0, std::memory_order_relaxed);
     }
 
-    // The next task, or -1 when there is none left.
-    int take(int worker) {
-        for (int i = 0; i < workers_; ++i) {
-            Tasks& tasks = ranges_[static_cast<std::size_t>((worker + i) % workers_)];
-            if (tasks.next.load(std::memory_order_relaxed) >= tasks.end) continue;
-            const int task = tasks.next.fetch_add(1, std::memory_order_relaxed);
-            if (task < tasks.end) return task;
+    // The next of so many tasks, or -1 when there is none left. All workers give the same numbers.
+    int take(int tasks, int worker, int workers) {
+        for (int i = 0; i < workers; ++i) {
+            const int owner = (worker + i) % workers;
+            const Range range = share(tasks, 1, owner, workers);
+            std::atomic<int>& taken = taken_[static_cast<std::size_t>(owner)].tasks;
+            if (range.begin + taken.load(std::memory_order_relaxed) >= range.end) continue;
+            const int task = range.begin + taken.fetch_add(1, std::memory_order_relaxed);
+            if (task < range.end) return task;
         }
         return -1;
     }
 
 private:
-    struct alignas(64) Tasks {
-        std::atomic<int> next{0};
-        int end = 0;
+    struct alignas(64) Count {
+        std::atomic<int> tasks{0};
     };
-    std::unique_ptr<Tasks[]> ranges_;
-    int room_ = 0, workers_ = 0;
+    std::unique_ptr<Count[]> taken_;
+    int room_ = 0;
 };
 
 }  // namespace gangline
