@@ -4,8 +4,9 @@ Shape suffixes: T tokens, K chosen experts per token, P real pairs (P <= T*K), N
 hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,6 +72,11 @@ class Grouping:
         """
         weight_N1 = self.weight_P1[self.starts[index] : self.starts[index + 1]]
         out_TD.index_add_(0, self.tokens(index), y_ND.float() * weight_N1)
+
+
+Adder = Callable[[Tensor, Grouping, Sequence[Any], Tensor], None]
+"""Adds weighted outputs of pairs to their tokens' sums, in the order of the pairs: called with the rows
+``x_TD``, the pairs, the bound weights of their experts, and the sums ``out_TD`` (fp32)."""
 
 
 def group_by_expert(ids_TK: Tensor, weights_TK: Tensor, experts: int) -> Grouping:

@@ -13,8 +13,7 @@ from torch.nn.functional import linear
 
 from gangline.core.layout import ExpertLayout, FieldSpec
 from gangline.formats import DenseCodec, get_codec
-from gangline.kernels.grouping import Grouping
-from gangline.kernels.sums import accumulate
+from gangline.kernels.grouping import Adder
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,8 @@ class ReferenceKernel:
     on where the weights lie or in which order experts arrive.
     """
 
+    adder: Adder | None = None
+
     def __init__(self, layout: ExpertLayout, math: ExpertMath) -> None:
         self._fields = layout.fields
         self._math = math
@@ -114,11 +115,6 @@ class ReferenceKernel:
             if rows.start < rows.stop:
                 y_PD[rows] = self(x_TD[token_P[rows]], weights[index], expert)
         return y_PD
-
-    def add(self, x_TD: Tensor, grouping: Grouping, weights: Sequence[ExpertWeights], out_TD: Tensor) -> None:
-        """Add all pairs' weighted outputs to their tokens' rows of ``out_TD`` (fp32), in their order."""
-        y_PD = self.pairs(x_TD, grouping.token_P, grouping.starts, weights, grouping.experts)
-        accumulate(y_PD, grouping, out_TD)
 
     def _gate_up(self, x_ND: Tensor, weights: ExpertWeights) -> Tensor:
         if not self._split:

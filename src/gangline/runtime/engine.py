@@ -15,7 +15,7 @@ from gangline.core.events import Phase, RoutingEvent
 from gangline.core.geometry import MoEGeometry
 from gangline.core.keys import ExpertKey
 from gangline.core.tiers import Priority
-from gangline.kernels.grouping import Grouping, group_by_expert
+from gangline.kernels.grouping import Adder, Grouping, group_by_expert
 from gangline.kernels.sums import accumulate
 from gangline.runtime.event_rules import DENSE_PAIRS_PER_EXPERT, RUN_EXPERTS, RUN_PAIRS_PER_ROW
 from gangline.runtime.lease import EventLease
@@ -69,8 +69,9 @@ class ExpertKernel(Protocol):
         The pairs of ``experts[i]``, whose bound matrices are ``weights[i]``, are ``starts[i]:starts[i + 1]``.
         """
 
-    def add(self, x_TD: Tensor, grouping: Grouping, weights: Sequence[Any], out_TD: Tensor) -> None:
-        """Add all pairs' weighted outputs to their tokens' rows of ``out_TD`` (fp32), in their order."""
+    @property
+    def adder(self) -> Adder | None:
+        """What adds weighted outputs up as it makes them, if the kernel can; else ``pairs`` and a sum do."""
 
 
 def runs_within(counts: Sequence[int], pairs: int) -> Iterator[tuple[int, int]]:
@@ -247,7 +248,11 @@ class Engine:
                     for first, last in runs_within(counts, RUN_PAIRS_PER_ROW * len(x_TD)):
                         run = part.grouping.part(index + first, index + last)
                         weights = [bound for _, bound in batch[first:last]]
-                        kernel.add(x_TD, run, weights, out_TD)
+                        if kernel.adder is None:
+                            y_PD = kernel.pairs(x_TD, run.token_P, run.starts, weights, run.experts)
+                            accumulate(y_PD, run, out_TD)
+                        else:
+                            kernel.adder(x_TD, run, weights, out_TD)
                     index += len(batch)
 
     def _told(self, event: RoutingEvent, leases: Sequence[EventLease]) -> bool:

@@ -16,9 +16,8 @@ from gangline.core.layout import ExpertLayout, FieldSpec
 from gangline.formats import DenseCodec, dense_codec_name, get_codec
 from gangline.kernels.cpu import native
 from gangline.kernels.cpu.gates import GateForm, recognise_gate
-from gangline.kernels.grouping import Grouping
+from gangline.kernels.grouping import Adder, Grouping
 from gangline.kernels.reference import ExpertMath, ExpertWeights, ReferenceKernel
-from gangline.kernels.sums import accumulate
 
 # Activations of sparse codes are rounded in groups of so many columns, whatever the groups of the weights.
 _SPARSE_GROUP = 64
@@ -160,12 +159,8 @@ class NativeKernel:
     def add(self, x_TD: Tensor, grouping: Grouping, weights: Sequence[NativeWeights], out_TD: Tensor) -> None:
         """Add all pairs' weighted outputs to their tokens' rows of ``out_TD`` (fp32), in their order.
 
-        The bits are those of :meth:`pairs` and ``sums.accumulate``.
+        Only where the kernel is :attr:`packed`. The bits are those of :meth:`pairs` and ``sums.accumulate``.
         """
-        if not self.packed:
-            y_PD = self.pairs(x_TD, grouping.token_P, grouping.starts, weights, grouping.experts)
-            accumulate(y_PD, grouping, out_TD)
-            return
         x_TD = x_TD.contiguous() if x_TD.dtype in _DTYPES else x_TD.float().contiguous()
         token_P, weight_P1 = grouping.token_P.contiguous(), grouping.weight_P1.contiguous()
         assert out_TD.is_contiguous() and out_TD.dtype == weight_P1.dtype == torch.float32
@@ -180,6 +175,11 @@ class NativeKernel:
             weight_P1.data_ptr(),
             out_TD.data_ptr(),
         )
+
+    @property
+    def adder(self) -> Adder | None:
+        """:meth:`add`, where outputs need not be held."""
+        return self.add if self.packed else None
 
     @property
     def packed(self) -> bool:

@@ -27,9 +27,7 @@ from gangline.kernels.cuda.samoyeds_matrices import Addresses, PartShape, addres
 from gangline.kernels.cuda.samoyeds_product import SUM_THREADS, SparseProduct
 from gangline.kernels.cuda.samoyeds_wgmma import WideProduct, unsupported_wide
 from gangline.kernels.cuda.tiles import Tile, choose_tile, unsupported_codec
-from gangline.kernels.grouping import Grouping
 from gangline.kernels.reference import ExpertMath
-from gangline.kernels.sums import accumulate
 
 _COMBINE = KernelBuild("combine.cu", "gangline_combine")
 
@@ -176,13 +174,6 @@ class SamoyedsKernel:
             x_TD.to(torch.bfloat16), token_P.to(torch.int32), starts_E1, self.table(weights), tile, 1
         )[0]
         return y_PD if out_PD is None else out_PD.copy_(y_PD)
-
-    def add(
-        self, x_TD: Tensor, grouping: Grouping, weights: Sequence[SamoyedsWeights], out_TD: Tensor
-    ) -> None:
-        """See ``ReferenceKernel.add``."""
-        y_PD = self.pairs(x_TD, grouping.token_P, grouping.starts, weights, grouping.experts)
-        accumulate(y_PD, grouping, out_TD)
 
     def _experts(
         self,
