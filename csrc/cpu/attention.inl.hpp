@@ -94,52 +94,42 @@ inline Vec lane_sums(const Vec* v) {
 // Scores that are computed together: keys times queries.
 constexpr int held_scores = Vec::width == 16 ? 16 : 8;
 
-// How far ahead of the keys in use memory is asked for, in bytes: what the processor foresees by itself ends at each page.
-constexpr int keys_ahead = 8192;
-
-inline void ask_for(const void* p) {
-#if defined(__GNUC__) || defined(__clang__)
-    __builtin_prefetch(p);
-#else
-    static_cast<void>(p);
-#endif
-}
-
 // `Q` queries from `q` on with as many keys as there are places; key k of query i goes to scores[i * kScoreStride + k].
 template <class Numbers, int Q>
 inline void score_tile(const std::uint8_t* keys, const float* q, int head_dim, float* scores) {
     constexpr int K = held_scores / Q;
     const std::ptrdiff_t row_bytes = std::ptrdiff_t{head_dim} * Numbers::size;
+    const int whole = head_dim / Vec::width * Vec::width;
     Vec acc[held_scores];
     for (int i = 0; i < held_scores; ++i) acc[i] = Vec::zero();
-    const auto add = [&](auto load_key, auto load_query) {
-        if constexpr (K >= Q) {
+    if constexpr (Q == 1) {
+        // Keys one after another: the processor by itself fetches a single stream ahead best.
+        unroll<K>([&](auto k) {
+            const std::uint8_t* at = keys + k * row_bytes;
+            for (int d = 0; d < whole; d += Vec::width, at += Vec::width * Numbers::size) {
+                acc[k] = fma(Numbers::load(at), Vec::load(q + d), acc[k]);
+            }
+        });
+    } else {
+        for (int d = 0; d < whole; d += Vec::width) {
+            const std::uint8_t* at = keys + d * Numbers::size;
             Vec query[Q];
-            for (int i = 0; i < Q; ++i) query[i] = load_query(i);
+            for (int i = 0; i < Q; ++i) query[i] = Vec::load(q + std::ptrdiff_t{i} * head_dim + d);
             for (int k = 0; k < K; ++k) {
-                const Vec key = load_key(k);
+                const Vec key = Numbers::load(at + k * row_bytes);
                 for (int i = 0; i < Q; ++i) acc[i * K + k] = fma(key, query[i], acc[i * K + k]);
             }
-        } else {
-            Vec key[K];
-            for (int k = 0; k < K; ++k) key[k] = load_key(k);
-            for (int i = 0; i < Q; ++i) {
-                const Vec query = load_query(i);
-                for (int k = 0; k < K; ++k) acc[i * K + k] = fma(key[k], query, acc[i * K + k]);
+        }
+    }
+    if (whole < head_dim) {
+        const int count = head_dim - whole;
+        for (int i = 0; i < Q; ++i) {
+            const Vec query = load_part(q + std::ptrdiff_t{i} * head_dim + whole, count);
+            for (int k = 0; k < K; ++k) {
+                const Vec key = load_row_part<Numbers>(keys + whole * Numbers::size + k * row_bytes, count);
+                acc[i * K + k] = fma(key, query, acc[i * K + k]);
             }
         }
-    };
-    int d = 0;
-    for (; d + Vec::width <= head_dim; d += Vec::width) {
-        const std::uint8_t* at = keys + d * Numbers::size;
-        add([&](int k) { return Numbers::load(at + k * row_bytes); },
-            [&](int i) { return Vec::load(q + std::ptrdiff_t{i} * head_dim + d); });
-    }
-    if (d < head_dim) {
-        const int count = head_dim - d;
-        const std::uint8_t* at = keys + d * Numbers::size;
-        add([&](int k) { return load_row_part<Numbers>(at + k * row_bytes, count); },
-            [&](int i) { return load_part(q + std::ptrdiff_t{i} * head_dim + d, count); });
     }
     float sums[held_scores];
     for (int i = 0; i < held_scores; i += Vec::width) lane_sums(acc + i).store(sums + i);
@@ -193,9 +183,7 @@ void score_chunk(const AttentionChunk& c, int begin, int end) {
     int from = begin;
     if (c.queries < many_queries) {
         for (; from + held_scores <= end; from += held_scores) {
-            const std::uint8_t* at = keys + from * row_bytes;
-            for (std::ptrdiff_t i = 0; i < held_scores * row_bytes; i += 64) ask_for(at + keys_ahead + i);
-            score_keys<Numbers>(c, at, from, held_scores);
+            score_keys<Numbers>(c, keys + from * row_bytes, from, held_scores);
         }
     }
     for (; from < end; from += kWideKeys) {
