@@ -20,6 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 # Files whose rows README shows, and which of their rows: losses as well as wins.
 HEADLINES = {
     "native_vs_peers": r"decode|prefill|first token",
+    "native_int8_vs_peers": r"decode|prefill",
     "half_memory_vs_peers": r"decode|prefill",
     "offload_vs_peers": r"decode|prefill 512|whole life",
     "exactness": r"^(demo|tiny mixtral|tiny olmoe|tiny qwen3_moe|tiny gpt_oss|tiny deepseek_v3),",
@@ -29,7 +30,7 @@ HEADLINES = {
     "policies_live": r"english, rho 2, ((default|moe-infinity|hobbit-exact|hybrimoe)$|(lru|lfu|belady-b))",
     "sida_fidelity": r"",
     "samoyeds_cpu_layer": r"OLMoE.*decode",
-    "sparsify_quality": r"",
+    "sparsify_quality": r"8192 tokens",
 }
 
 
