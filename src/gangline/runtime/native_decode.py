@@ -13,6 +13,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,7 +29,7 @@ from gangline.runtime.native_check import check_native, embed
 from gangline.runtime.native_session import NativeSession
 from gangline.runtime.native_skeleton import native_decoder
 from gangline.runtime.proofs import Proofs
-from gangline.runtime.torch_threads import pause_torch_threads
+from gangline.runtime.torch_threads import TorchThreads, pause_torch_threads
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,7 @@ class NativeDecode:
         self.lock = threading.Lock()
         self._moe = moe
         self._context = context
+        self._torch_threads = TorchThreads()
         self._undo: list[Callable[[], object]] = []
         self._replaced = _replaced_forwards(model)
         self._sound = True
@@ -147,6 +149,10 @@ class NativeDecode:
             return None
         return NativeSession(self, found.layers, found.first_B, found.positions_BS.view(-1), before_step)
 
+    def generating(self) -> AbstractContextManager[None]:
+        """For the time of one ``generate()``: torch computes alone from the first native pass on."""
+        return self._torch_threads.lent()
+
     def count_step(self, routing: Routing) -> None:
         """Count a step that was computed in one native call, and tell the engine of its choices."""
         self.steps += 1
@@ -164,7 +170,10 @@ class NativeDecode:
             step = self._step_of(kwargs)
             if step is None and self._adopt(kwargs):
                 step = self._step_of(kwargs)
-            return original(**kwargs) if step is None else self._run(step)
+            if step is not None:
+                return self._run(step)
+            self._torch_threads.many()
+            return original(**kwargs)
 
         return forward
 
@@ -249,6 +258,7 @@ class NativeDecode:
 
     def _run(self, step: "_Step") -> MoeCausalLMOutputWithPast:
         decoder, tokens = self.decoder, step.ids_BS.shape[1]
+        self._torch_threads.one()
         pause_torch_threads()
         with self.lock:
             embedded_TD = embed(self.model, decoder, step.ids_BS)

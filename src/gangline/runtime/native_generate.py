@@ -41,7 +41,8 @@ def enable_native_generate(model: PreTrainedModel, decode: NativeDecode, before_
         if len(args) <= 1 and kwargs.get("custom_generate") is None and _is_plain(model, kwargs):
             loop = functools.partial(_decode, decode, before_step, streamer=kwargs.get("streamer"))
             kwargs["custom_generate"] = loop
-        return original(*args, **kwargs)
+        with decode.generating():
+            return original(*args, **kwargs)
 
     model.__dict__["generate"] = generate
     decode.on_close(lambda: model.__dict__.pop("generate", None))

@@ -8,9 +8,12 @@ On a machine with as many threads as cores they hold the cores that the native c
 import ctypes
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+
+import torch
 
 _log = logging.getLogger(__name__)
 _MAPS = Path("/proc/self/maps")
@@ -38,3 +41,37 @@ def _pause() -> Callable[[int], object]:
                     return found  # type: ignore[no-any-return]
     _log.debug("no libgomp to pause")
     return lambda kind: None
+
+
+class TorchThreads:
+    """Lets torch compute in one thread between native passes.
+
+    Where native workers and readers hold the cores, every operation that torch splits waits until its other
+    threads get one, which takes milliseconds; what is left for torch there is small.
+    """
+
+    def __init__(self) -> None:
+        self._many: int | None = None
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Allow :meth:`one` meanwhile, and leave the number of threads as it was."""
+        if self._many is not None:  # an outer call gives them back
+            yield
+            return
+        self._many = torch.get_num_threads()
+        try:
+            yield
+        finally:
+            torch.set_num_threads(self._many)
+            self._many = None
+
+    def one(self) -> None:
+        """Use one thread from here on, where :meth:`lent` allows it."""
+        if self._many is not None and torch.get_num_threads() > 1:
+            torch.set_num_threads(1)
+
+    def many(self) -> None:
+        """Use as many threads as before."""
+        if self._many is not None and torch.get_num_threads() != self._many:
+            torch.set_num_threads(self._many)
