@@ -181,7 +181,8 @@ void ExpertsRun::gate_up_tasks(int worker) {
         gate_up_task(*segment, local / blocks, local % blocks, room);
     }
     // While others finish: what this worker will read first after the barrier.
-    if (call_.sum == nullptr && down_count_ > 0) prefetch_first_down(worker);}
+    if (call_.sum == nullptr && down_count_ > 0) prefetch_first_down(worker);
+}
 
 void ExpertsRun::prefetch_first_down(int worker) {
     const int task = share(down_count_, 1, worker, workers_).begin;

@@ -153,6 +153,10 @@ class NativeDecode:
         """For the time of one ``generate()``: torch computes alone from the first native pass on."""
         return self._torch_threads.lent()
 
+    def compute_alone(self) -> None:
+        """Let the native core have the cores for itself until :meth:`generating` ends."""
+        self._torch_threads.one()
+
     def count_step(self, routing: Routing) -> None:
         """Count a step that was computed in one native call, and tell the engine of its choices."""
         self.steps += 1
@@ -258,7 +262,7 @@ class NativeDecode:
 
     def _run(self, step: "_Step") -> MoeCausalLMOutputWithPast:
         decoder, tokens = self.decoder, step.ids_BS.shape[1]
-        self._torch_threads.one()
+        self.compute_alone()
         pause_torch_threads()
         with self.lock:
             embedded_TD = embed(self.model, decoder, step.ids_BS)

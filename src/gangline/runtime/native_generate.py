@@ -10,8 +10,8 @@ Shape suffixes: B sequences, P prompt tokens, V vocabulary.
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,17 +140,6 @@ class _Answer:
         return self.ids_BP
 
 
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Let torch compute alone meanwhile: its threads would wait for cores where native ones still spin."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _decode(
     decode: NativeDecode,
     before_step: BeforeStep,
@@ -189,7 +178,8 @@ def _decode(
             if model_kwargs.get("attention_mask") is None:
                 model_kwargs["attention_mask"] = torch.ones_like(answer.tokens())
             return theirs(answer.tokens(), **model_kwargs)
-        with closing(session), _one_torch_thread():
+        with closing(session):
+            decode.compute_alone()
             while not answer.is_complete:
                 tokens = answer.choose(session.step(tokens))
     if streamer is not None:
