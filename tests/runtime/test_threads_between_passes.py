@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import gangline
 from gangline.kernels.cpu import native
 from gangline.runtime import native_decode
+from gangline.runtime.engine import Engine
 from gangline.runtime.torch_threads import TorchThreads
 from tiny_models import VOCABULARY, tiny_model
 
@@ -67,6 +69,26 @@ def test_generate_computes_alone_and_gives_the_threads_back(
     model.generate(ids_BP, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     assert seen and set(seen) == {1}
     assert torch.get_num_threads() == 2
+
+
+def test_a_native_pass_without_generate_computes_alone_too(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("olmoe", seed=seed).save_pretrained(tmp_path)
+    model = gangline.load(str(tmp_path), precision="int4", expert_slots=12, threads=2)
+    torch.set_num_threads(2)
+    seen = []
+    forward = Engine.forward
+
+    def noted(self: Any, *args: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return forward(self, *args)
+
+    monkeypatch.setattr(Engine, "forward", noted)
+    cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(ids_BP[:, :2], use_cache=True)
-    assert torch.get_num_threads() == 2
+        for _ in range(2):
+            token_BS = torch.randint(3, VOCABULARY, (1, 1))
+            model(token_BS, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            assert torch.get_num_threads() == 2
+    assert seen and set(seen) == {1}

@@ -154,7 +154,7 @@ class NativeDecode:
         return self._torch_threads.lent()
 
     def compute_alone(self) -> None:
-        """Let the native core have the cores for itself until :meth:`generating` ends."""
+        """Let the native core have the cores for itself until :meth:`generating`, or else the pass, ends."""
         self._torch_threads.one()
 
     def count_step(self, routing: Routing) -> None:
@@ -261,21 +261,12 @@ class NativeDecode:
         return not any(outputs) and not asked and settings.get("return_dict", True) is not False
 
     def _run(self, step: "_Step") -> MoeCausalLMOutputWithPast:
-        decoder, tokens = self.decoder, step.ids_BS.shape[1]
-        self.compute_alone()
-        pause_torch_threads()
-        with self.lock:
-            embedded_TD = embed(self.model, decoder, step.ids_BS)
-            buffers = decoder.begin(embedded_TD, step.positions_BS, step.first_B, step.length, step.layers)
-            try:
-                if decoder.resident and not self._moe.observed:
-                    logits_BV = decoder.step_all(buffers)
-                    self._moe.stepped(buffers.routing)
-                else:
-                    logits_BV = decoder.step(buffers, self._moe.forward)
-            finally:
-                if len(embedded_TD) > KEPT_ROWS:
-                    decoder.release()
+        tokens = step.ids_BS.shape[1]
+        with self._torch_threads.lent():
+            self.compute_alone()
+            pause_torch_threads()
+            with self.lock:
+                logits_BV = self._logits(step)
         if tokens == 1 and step.length:
             self.steps += 1
         else:
@@ -283,6 +274,21 @@ class NativeDecode:
         for rows in step.layers:
             rows.appended(tokens)
         return MoeCausalLMOutputWithPast(logits=logits_BV.unsqueeze(1), past_key_values=step.cache)
+
+    def _logits(self, step: "_Step") -> Tensor:
+        """Compute the step, through the engine where not every expert is in memory."""
+        decoder = self.decoder
+        embedded_TD = embed(self.model, decoder, step.ids_BS)
+        buffers = decoder.begin(embedded_TD, step.positions_BS, step.first_B, step.length, step.layers)
+        try:
+            if not decoder.resident or self._moe.observed:
+                return decoder.step(buffers, self._moe.forward)
+            logits_BV = decoder.step_all(buffers)
+            self._moe.stepped(buffers.routing)
+            return logits_BV
+        finally:
+            if len(embedded_TD) > KEPT_ROWS:
+                decoder.release()
 
 
 @dataclass(frozen=True)
