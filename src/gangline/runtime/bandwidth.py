@@ -5,7 +5,6 @@ measure it right before and right after the run they report.
 """
 
 import logging
-import mmap
 import os
 import random
 import threading
@@ -19,6 +18,7 @@ import numpy as np
 
 from gangline.core.errors import UsageError
 from gangline.core.sizes import format_size
+from gangline.kernels.cpu.huge_pages import map_anonymous
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def _read_for(
     fd: int, places: Iterator[tuple[int, int]], chunk: int, depth: int, seconds: float, direct: bool
 ) -> float:
     # Anonymous maps start on a page, as O_DIRECT wants its buffers; writing makes the pages real beforehand.
-    buffers = [mmap.mmap(-1, chunk) for _ in range(depth)]
+    buffers = [map_anonymous(chunk) for _ in range(depth)]
     for buffer in buffers:
         buffer.write(b"\0" * chunk)
     lock = threading.Lock()

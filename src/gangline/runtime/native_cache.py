@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from gangline.kernels.cpu import huge_pages
+
 GROWTH = 256
 """Positions by which a buffer grows at least."""
 
@@ -46,7 +48,7 @@ class _Rows:
         if limit is not None:
             capacity = max(needed, min(capacity, limit))
         batch, heads, _, width = self.buffer.shape
-        grown = self.buffer.new_empty(batch, heads, capacity, width)
+        grown = huge_pages.empty((batch, heads, capacity, width), self.buffer.dtype)
         grown[:, :, : self.length] = self.view
         self._take(grown)
 

@@ -1,6 +1,5 @@
 """Slots: places of one size for one expert each, in one anonymous mapping."""
 
-import mmap
 from collections.abc import Sequence
 from enum import Enum, auto
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 from gangline.core.errors import BudgetError
 from gangline.core.keys import ExpertKey
 from gangline.core.sizes import format_size
+from gangline.kernels.cpu.huge_pages import map_anonymous
 from gangline.policies.caches import CachePolicy
 from gangline.runtime.readers import Ticket
 
@@ -46,8 +46,7 @@ class Slot:
 class SlotPool:
     """Slots of equal size for the layers whose experts have that size, with their cache policy.
 
-    The mapping takes physical pages only as slots are filled. Huge pages are asked for: streaming through an
-    expert then misses the TLB rarely, and direct reads pin fewer pages.
+    The mapping takes physical pages only as slots are filled, huge ones: direct reads pin fewer of them too.
 
     Raises:
         BudgetError: the address space for the slots cannot be mapped.
@@ -59,13 +58,11 @@ class SlotPool:
         self.slots = [Slot(index * slot_bytes) for index in range(count)]
         self.free = self.slots[::-1]
         try:
-            self._map = mmap.mmap(-1, slot_bytes * count)
+            self._map = map_anonymous(slot_bytes * count)
         except OSError as error:
             raise BudgetError(
                 f"cannot map {format_size(slot_bytes * count)} for expert slots: {error}"
             ) from error
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._map.madvise(mmap.MADV_HUGEPAGE)
         self.view = memoryview(self._map)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
 

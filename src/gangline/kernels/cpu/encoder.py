@@ -5,7 +5,7 @@ from torch import Tensor
 
 from gangline.formats import get_codec
 from gangline.formats.codec import check_weight
-from gangline.kernels.cpu import native
+from gangline.kernels.cpu import huge_pages, native
 
 _NUMBERS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -28,7 +28,7 @@ def encode(weight: Tensor, codec: str) -> Tensor | None:
     if core is None or number is None or weight.device.type != "cpu" or not codec.startswith("tile16:"):
         return None
     rows, columns = check_weight(codec, weight)
-    raw = torch.empty(get_codec(codec).nbytes((rows, columns)), dtype=torch.uint8)
+    raw = huge_pages.empty((get_codec(codec).nbytes((rows, columns)),), torch.uint8)
     if 1 not in weight.stride():
         weight = weight.clone(memory_format=torch.contiguous_format)
     tiles = core.Matrix(raw.data_ptr(), rows, columns, codec)

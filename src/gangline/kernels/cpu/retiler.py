@@ -8,7 +8,7 @@ from gangline.formats import get_codec
 from gangline.formats import retile as torch_retile
 from gangline.formats.codec import Shape, check_raw
 from gangline.formats.tile_layout import ROWS
-from gangline.kernels.cpu import native
+from gangline.kernels.cpu import huge_pages, native
 
 _NATIVE = ("ggml:Q4_0", "ggml:Q8_0", "ggml:MXFP4")
 # Tiles are read fastest where they begin on a cache line.
@@ -27,7 +27,7 @@ def retile(raw: Tensor, shape: Shape, codec: str) -> tuple[str, Tensor] | None:
     raw = check_raw(codec, raw, shape, get_codec(codec).nbytes(shape)).contiguous()
     name = torch_retile.tile_form(codec)
     assert name is not None
-    tiles = torch.empty(get_codec(name).nbytes(shape), dtype=torch.uint8)
+    tiles = huge_pages.empty((get_codec(name).nbytes(shape),), torch.uint8)
     if not core.retile(codec, raw.data_ptr(), tiles.data_ptr(), *shape):
         raise _refused(codec)
     return name, tiles
