@@ -76,6 +76,7 @@ std::map<std::string, bool> detect() {
     const bool amx = os_tiles && bit(extended.edx, 24);
 
     return {
+        {"pclmulqdq", bit(basic.ecx, 1)},
         {"sse4_1", bit(basic.ecx, 19)},
         {"sse4_2", bit(basic.ecx, 20)},
         {"avx", os_ymm && bit(basic.ecx, 28)},

@@ -7,7 +7,6 @@ full disk, power) costs at most the layer at hand.
 import json
 import logging
 import os
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +27,7 @@ from gangline.checkpoint.pack_index import (
     parse_checksums,
 )
 from gangline.core.errors import PackError
+from gangline.kernels.cpu.checksum import crc32
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ def _write_record(data: int, fields: Fields, position: int, stride: int) -> int:
     end = position
     for tensor in fields:
         view = memoryview(tensor.numpy().data).cast("B")
-        checksum = zlib.crc32(view, checksum)
+        checksum = crc32(view, checksum)
         _write_all(data, view, end)
         end += len(view)
     _write_all(data, memoryview(bytes(position + stride - end)), end)
@@ -230,7 +230,7 @@ def layer_checksums(data: Path, layout: PackLayout, layer: int) -> tuple[int, ..
         for first in range(0, experts, group):
             count = min(group, experts - first)
             _read_all(stream.fileno(), buffer[: count * stride], start + first * stride)
-            checksums += [zlib.crc32(buffer[i * stride : i * stride + nbytes]) for i in range(count)]
+            checksums += [crc32(buffer[i * stride : i * stride + nbytes]) for i in range(count)]
     return tuple(checksums)
 
 

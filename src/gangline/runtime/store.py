@@ -9,7 +9,6 @@ the next read into its slot begins when the first has ended.
 
 import logging
 import threading
-import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from gangline.core.keys import ExpertKey
 from gangline.core.layout import ExpertCatalog
 from gangline.core.precision import Precision
 from gangline.core.tiers import Priority, Tier
+from gangline.kernels.cpu.checksum import crc32
 from gangline.policies.caches import CachePolicy
 from gangline.runtime.files import ExpertFiles
 from gangline.runtime.lease import EventLease
@@ -344,7 +344,7 @@ class ExpertStore:
             return None
         crc = 0
         for raw in raws:
-            crc = zlib.crc32(raw.numpy().data, crc)
+            crc = crc32(raw.numpy(), crc)
         assert self._catalog.checksums is not None
         if crc != self._catalog.checksums[key]:
             path = self._catalog.files[self._catalog.extents[key][0].file]
