@@ -169,13 +169,16 @@ void combine(const CombineCall& call) {
     const std::lock_guard<std::mutex> lock(one_caller);
     sorted.sort(call);
     const int pieces = (call.hidden + combine_columns - 1) / combine_columns;
-    parallel([&](int worker, int workers) {
+    const auto add = [&](int worker, int workers) {
         const Range part = share(call.tokens * pieces, 1, worker, workers);
         for (int i = part.begin; i < part.end; ++i) {
             const int begin = i % pieces * combine_columns;
             combine_part(call, sorted, i / pieces, begin, std::min(combine_columns, call.hidden - begin));
         }
-    });
+    };
+    constexpr int few = 64;  // sums of pairs for which waking the others takes longer
+    if (call.pairs * pieces <= few) add(0, 1);
+    else parallel(add);
 }
 
 }  // namespace gangline

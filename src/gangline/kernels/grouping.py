@@ -81,6 +81,8 @@ Adder = Callable[[Tensor, Grouping, Sequence[Any], Tensor], None]
 
 def group_by_expert(ids_TK: Tensor, weights_TK: Tensor, experts: int) -> Grouping:
     """Group pairs by expert. Ids outside ``[0, experts)`` are sentinels ("not mine") and are dropped."""
+    if len(ids_TK) == 1:
+        return _group_one_token(ids_TK[0].tolist(), weights_TK, experts)
     width = ids_TK.shape[1]
     flat = ids_TK.reshape(-1)
     key = torch.where((flat >= 0) & (flat < experts), flat, experts)
@@ -99,4 +101,18 @@ def group_by_expert(ids_TK: Tensor, weights_TK: Tensor, experts: int) -> Groupin
         starts=tuple(starts),
         token_P=chosen // width,
         weight_P1=weights_TK.reshape(-1)[chosen].float().unsqueeze(-1),
+    )
+
+
+def _group_one_token(ids: list[int], weights_1K: Tensor, experts: int) -> Grouping:
+    """The same for one token, whose few ids are sorted sooner than torch is called."""
+    order = sorted((k for k in range(len(ids)) if 0 <= ids[k] < experts), key=ids.__getitem__)
+    starts = [n for n, k in enumerate(order) if n == 0 or ids[k] != ids[order[n - 1]]]
+    device = weights_1K.device
+    chosen = torch.tensor(order, dtype=torch.long, device=device)
+    return Grouping(
+        experts=tuple(ids[order[start]] for start in starts),
+        starts=(*starts, len(order)),
+        token_P=torch.zeros(len(order), dtype=torch.long, device=device),
+        weight_P1=weights_1K[0, chosen].float().unsqueeze(-1),
     )

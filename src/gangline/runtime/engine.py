@@ -63,10 +63,12 @@ class ExpertKernel(Protocol):
         starts: Sequence[int],
         weights: Sequence[Any],
         experts: Sequence[int],
+        out_PD: Tensor | None = None,
     ) -> Tensor:
         """Return ``[P, D]`` in fp32: for each pair its expert's output for its token, not yet weighted.
 
-        The pairs of ``experts[i]``, whose bound matrices are ``weights[i]``, are ``starts[i]:starts[i + 1]``.
+        It is written to ``out_PD``, or to a new tensor. The pairs of ``experts[i]``, whose bound matrices are
+        ``weights[i]``, are ``starts[i]:starts[i + 1]``.
         """
 
     @property
@@ -217,8 +219,8 @@ class Engine:
         self, event: RoutingEvent, parts: Sequence[Part], grouping: Grouping, x_1D: Tensor, out_1D: Tensor
     ) -> None:
         """Compute hits first and misses as they arrive; sum when all are there."""
-        row = {e: n for n, e in enumerate(grouping.experts)}
-        y_PD = torch.empty(len(row), x_1D.shape[1], dtype=torch.float32)
+        computed: list[int] = []
+        y_PD = torch.empty(len(grouping.experts), x_1D.shape[1], dtype=torch.float32)
         with self._leased(parts) as leases:
             told = self._told(event, leases)
             for part, lease in zip(parts, leases, strict=True):
@@ -227,13 +229,13 @@ class Engine:
                     told = told or self._told(event, leases)
                     batch.sort(key=lambda bound: bound[0])
                     experts = [expert for expert, _ in batch]
-                    token_P = grouping.token_P[: len(batch)]  # all zeros: there is one token
                     weights = [bound for _, bound in batch]
-                    y = kernel.pairs(x_1D, token_P, range(len(batch) + 1), weights, experts)
-                    if len(batch) == len(row):
-                        y_PD = y
-                    else:
-                        y_PD[[row[expert] for expert in experts]] = y
+                    token_P = grouping.token_P[: len(batch)]  # all zeros: there is one token
+                    rows_PD = y_PD[len(computed) : len(computed) + len(batch)]
+                    kernel.pairs(x_1D, token_P, range(len(batch) + 1), weights, experts, rows_PD)
+                    computed += experts
+        if computed != list(grouping.experts):
+            y_PD = y_PD[[computed.index(expert) for expert in grouping.experts]]
         accumulate(y_PD, grouping, out_1D)
 
     def _many_tokens(self, event: RoutingEvent, parts: Sequence[Part], x_TD: Tensor, out_TD: Tensor) -> None:
