@@ -55,10 +55,16 @@ def test_rows_are_right_and_few_pages_stay(table, seed):
         assert found.shape == (*shape, WIDTH)
         assert torch.equal(found, ids.float()[..., None].expand(found.shape))
         assert resident(table.weight) <= RESIDENT_BYTES
-    for token in torch.randint(ROWS, (200,), generator=generator).tolist():
-        assert table(torch.tensor([[token]]))[0, 0, 0] == token
-        assert resident(table.weight) <= RESIDENT_BYTES
+    before = resident(table.weight)
+    for token in [0, ROWS - 1, *torch.randint(ROWS, (200,), generator=generator).tolist()]:
+        found = table(torch.tensor([[token]]))
+        assert torch.equal(found, torch.full((1, 1, WIDTH), float(token)))
+        assert resident(table.weight) == before
+    for outside in (-1, ROWS):
+        with pytest.raises(IndexError):
+            table(torch.tensor([outside]))
     undo()
+    assert table(torch.tensor([5])).tolist() == [[5.0] * WIDTH]
     table(torch.arange(ROWS))
     assert resident(table.weight) > RESIDENT_BYTES
 
@@ -72,6 +78,32 @@ def test_what_the_user_writes_stays(table):
         for token in range(40):
             table(torch.tensor([token]))
     assert table(torch.tensor([7, 8]))[:, 0].tolist() == [-1.0, 8.0]
+
+
+def test_single_rows_see_what_the_user_writes_at_any_time(table, seed):
+    generator = torch.Generator().manual_seed(seed)
+    leave_in_file(table)
+    first, second = torch.randperm(ROWS, generator=generator)[:2].tolist()
+    assert table(torch.tensor([first]))[0, 0] == first
+    with torch.no_grad():
+        table.weight[first] += 0.5
+    table.weight.data[second, -1] = -3.0
+    for _ in range(40):
+        assert table(torch.tensor([first]))[0].unique().tolist() == [first + 0.5]
+        assert table(torch.tensor([second]))[0, -1] == -3.0
+    table.weight.data = torch.full((ROWS, WIDTH), 9.0)
+    assert table(torch.tensor([[first]])).unique().tolist() == [9.0]
+
+
+def test_a_file_that_was_exchanged_is_not_read(table, file, tmp_path):
+    other = tmp_path / "moved.safetensors"
+    file.rename(other)
+    save_file({"weight": torch.zeros(ROWS, WIDTH)}, file)
+    try:
+        leave_in_file(table)
+        assert table(torch.tensor([77]))[0, 0] == 77.0
+    finally:
+        other.replace(file)
 
 
 def test_another_weight_is_used_from_then_on(table):

@@ -77,7 +77,8 @@ class ForcedTokens(LogitsProcessor):
     """Makes given tokens follow, whatever the model says."""
 
     def __init__(self, following_BN: Tensor) -> None:
-        self._following_BN = following_BN
+        self._tokens = following_BN.T.tolist()
+        self._rows = range(len(following_BN))
         self._step = 0
         self._scores_BV: Tensor | None = None
 
@@ -85,14 +86,12 @@ class ForcedTokens(LogitsProcessor):
         """Return scores of which only the next token's is finite."""
         if self._scores_BV is None:
             self._scores_BV = torch.full_like(scores, -torch.inf)
+            self._seen_BV = self._scores_BV.numpy()
         else:  # one number per row is taken back, so that forcing costs nothing beside a token
-            self._scores_BV.scatter_(1, self._column(self._step - 1), -torch.inf)
-        self._scores_BV.scatter_(1, self._column(self._step), 0.0)
+            self._seen_BV[self._rows, self._tokens[self._step - 1]] = -torch.inf
+        self._seen_BV[self._rows, self._tokens[self._step]] = 0.0
         self._step += 1
         return self._scores_BV
-
-    def _column(self, step: int) -> Tensor:
-        return self._following_BN[:, step : step + 1]
 
 
 class _Clock:

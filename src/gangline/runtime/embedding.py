@@ -2,8 +2,9 @@
 
 transformers maps a dense weight that needs no conversion, so a row becomes resident when a token looks it up,
 and with it whatever the kernel maps along, on recent Linux up to the whole 2 MiB folio of the page cache: a
-prompt of some hundred tokens can make half of a large embedding resident. Rows are therefore looked up in the
-order of the file, a part of it at a time, and each part's pages are given back before the next.
+prompt of some hundred tokens can make half of a large embedding resident. A prompt's rows are therefore
+looked up in the order of the file, a part of it at a time, and each part's pages are given back before the
+next. The row of a single token is read from the file and maps nothing.
 
 Shape suffixes: V vocabulary, D hidden, U different tokens.
 """
@@ -27,7 +28,6 @@ logger = logging.getLogger(__name__)
 PART_BYTES = 32 << 20  # of the table between two releases
 FOLIO_BYTES = 2 << 20  # mapped by one fault at most: the largest folio that one page table holds
 RESIDENT_BYTES = PART_BYTES + 2 * FOLIO_BYTES
-_LOOKUPS = PART_BYTES // FOLIO_BYTES  # single tokens between two releases
 _PAGE = mmap.PAGESIZE
 _PAGEMAP = Path("/proc/self/pagemap")
 _PRESENT, _SWAPPED, _FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
@@ -63,10 +63,12 @@ def leave_in_file(table: nn.Embedding) -> Callable[[], None]:
             pages.nbytes >> 20,
         )
         return lambda: None
-    table.forward = _BoundedLookup(table, pages)  # type: ignore[method-assign, assignment]
+    lookup = _BoundedLookup(table, pages)
+    table.forward = lookup  # type: ignore[method-assign, assignment]
 
     def undo() -> None:
         table.__dict__.pop("forward", None)
+        lookup.close()
 
     return undo
 
@@ -86,7 +88,7 @@ class _BoundedLookup:
         self._pages = pages
         self._weight = table.weight
         self._part_rows = max(1, PART_BYTES // (pages.nbytes // table.num_embeddings))
-        self._single = 0
+        self._rows = pages.open_file()
 
     def __call__(self, ids: Tensor) -> Tensor:
         if self._table.weight is not self._weight:  # exchanged by the user: nothing of ours holds any more
@@ -101,13 +103,41 @@ class _BoundedLookup:
             self._pages.release(int(part_ids[0]), int(part_ids[-1]))
         return torch.cat(parts)[inverse]
 
+    def close(self) -> None:
+        """Close the file; lookups go through memory from then on."""
+        if self._rows is not None:
+            self._rows.close()
+            self._rows = None
+
     def _one(self, ids: Tensor) -> Tensor:
+        token, width = int(ids), self._table.embedding_dim
+        if self._rows is not None and 0 <= token < self._table.num_embeddings:
+            row = self._rows.read(token) if self._pages.unchanged(self._weight, token) else None
+            if row is not None:
+                return row.view(self._weight.dtype).view(*ids.shape, width)
         found = nn.functional.embedding(ids, self._weight)
-        self._single += 1
-        if self._single == _LOOKUPS:
-            self._single = 0
-            self._pages.release(0, self._table.num_embeddings - 1)
+        if 0 <= token < self._table.num_embeddings:
+            self._pages.release(token, token)
         return found
+
+
+class _RowFile:
+    """The file that a weight is mapped from."""
+
+    def __init__(self, path: str, offset: int, row_bytes: int) -> None:
+        self._offset, self._row_bytes = offset, row_bytes
+        self._descriptor = os.open(path, os.O_RDONLY)
+        # Rows follow no order: what the system would read beside them is for nobody.
+        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def read(self, row: int) -> Tensor | None:
+        """Return the bytes of a row, uint8; None where the file does not have them any more."""
+        data = bytearray(self._row_bytes)
+        count = os.preadv(self._descriptor, [data], self._offset + row * self._row_bytes)
+        return torch.frombuffer(data, dtype=torch.uint8) if count == self._row_bytes else None
 
 
 class _TablePages:
@@ -120,13 +150,41 @@ class _TablePages:
 
     def mapped_from_file(self) -> bool:
         """Whether one mapping of a file holds the weight."""
+        return self._mapping() is not None
+
+    def open_file(self) -> _RowFile | None:
+        """Open the file that the weight is mapped from; None if its name leads elsewhere by now."""
+        found = self._mapping()
+        if found is None:
+            return None
+        path, offset, inode = found
+        try:
+            if Path(path).stat().st_ino != inode:
+                return None
+            return _RowFile(path, offset, self._row_bytes)
+        except OSError as error:
+            logger.debug("the input embedding's file %s cannot be opened: %s", path, error)
+            return None
+
+    def unchanged(self, weight_VD: Tensor, row: int) -> bool:
+        """Whether a row of the weight is what its file holds, as far as nobody wrote the file."""
+        if weight_VD.data_ptr() != self._begin:
+            return False
+        first = (self._begin + row * self._row_bytes) // _PAGE * _PAGE
+        last = (self._begin + (row + 1) * self._row_bytes - 1) // _PAGE * _PAGE
+        return not self._any_written(first, last + _PAGE - first)
+
+    def _mapping(self) -> tuple[str, int, int] | None:
+        """Return the file that holds the weight, where in it the weight begins, and its inode."""
         start, length = self._range(0, self.nbytes)
         for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
-            span, _, _, _, _, *name = line.split(maxsplit=5)
+            span, _, offset, _, inode, *name = line.split(maxsplit=5)
             low, high = (int(part, 16) for part in span.split("-"))
             if low <= start and start + length <= high:
-                return bool(name) and name[0].startswith("/") and not name[0].startswith("/dev/")
-        return False
+                if not name or not name[0].startswith("/") or name[0].startswith("/dev/"):
+                    return None
+                return name[0], int(offset, 16) + self._begin - low, int(inode)
+        return None
 
     def release(self, first: int, last: int) -> None:
         """Give the pages around rows ``first`` to ``last`` back to the file, unless one was written.

@@ -96,11 +96,13 @@ class _Answer:
     def __init__(
         self, ids_BP: Tensor, ends: _Ends, config: GenerationConfig, processors: Any, streamer: Any
     ) -> None:
-        self.ids_BP = ids_BP
+        batch, prompt = ids_BP.shape
+        self._ids_BL = torch.empty(batch, max(prompt + 1, ends.length), dtype=ids_BP.dtype)
+        self._ids_BL[:, :prompt] = ids_BP
+        self._length = prompt
         self._ends, self._is_sampled = ends, bool(config.do_sample)
         self._processors, self._streamer = processors, streamer
         self._finished = [False] * len(ids_BP)
-        self._chosen: list[list[int]] = []
         self._scores_BV: Tensor | None = None
 
     def choose(self, logits_BV: Tensor) -> list[int]:
@@ -121,23 +123,20 @@ class _Answer:
                     tokens[row] = self._ends.pad
                 elif token in self._ends.tokens:
                     self._finished[row] = True
-        self._chosen.append(tokens)
+        next_B = torch.tensor(tokens)
+        self._ids_BL[:, self._length] = next_B
+        self._length += 1
         if self._streamer is not None:
-            self._streamer.put(torch.tensor(tokens))
+            self._streamer.put(next_B)
         return tokens
 
     @property
     def is_complete(self) -> bool:
-        length = self.ids_BP.shape[1] + len(self._chosen)
-        return length >= self._ends.length or all(self._finished)
+        return self._length >= self._ends.length or all(self._finished)
 
     def tokens(self) -> Tensor:
-        """Prompts and answers, int64."""
-        if self._chosen:
-            new_BN = torch.tensor(self._chosen).T
-            self.ids_BP = torch.cat([self.ids_BP, new_BN], dim=1)
-            self._chosen = []
-        return self.ids_BP
+        """Prompts and answers, int64; good until more is chosen."""
+        return self._ids_BL[:, : self._length]
 
 
 def _decode(
@@ -177,11 +176,11 @@ def _decode(
         if session is None:  # their loop goes on behind the first token; by the mask it sees what is new
             if model_kwargs.get("attention_mask") is None:
                 model_kwargs["attention_mask"] = torch.ones_like(answer.tokens())
-            return theirs(answer.tokens(), **model_kwargs)
+            return theirs(answer.tokens().clone(), **model_kwargs)
         with closing(session):
             decode.compute_alone()
             while not answer.is_complete:
                 tokens = answer.choose(session.step(tokens))
     if streamer is not None:
         streamer.end()
-    return answer.tokens()
+    return answer.tokens().clone()
