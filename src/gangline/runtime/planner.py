@@ -181,7 +181,7 @@ def make_plan(request: PlanRequest, footprint: Footprint, notes: tuple[str, ...]
     if limit is None:
         limit = plan.process + request.available if request.available is not None else None
         if limit is None or plan.fixed + footprint.all_slots <= limit:
-            return _with_slots(plan, footprint, _every_slot(footprint))
+            return _with_table(_with_slots(plan, footprint, _every_slot(footprint)), limit)
         note = (
             f"the experts ({format_size(footprint.experts)}) do not all fit into the "
             f"{format_size(limit)} that this machine has free; the rest is read from disk as it is needed"
@@ -197,7 +197,7 @@ def make_plan(request: PlanRequest, footprint: Footprint, notes: tuple[str, ...]
             plan.smallest_advised,
         )
     counts = _fill(footprint, limit - plan.fixed)
-    return _warn_small(_with_slots(plan, footprint, counts), footprint)
+    return _warn_small(_with_table(_with_slots(plan, footprint, counts), limit), footprint)
 
 
 def _fixed_part(request: PlanRequest, footprint: Footprint, notes: tuple[str, ...]) -> MemoryPlan:
@@ -226,6 +226,12 @@ def _fixed_part(request: PlanRequest, footprint: Footprint, notes: tuple[str, ..
         codecs=footprint.codecs,
         notes=notes,
     )
+
+
+def _with_table(plan: MemoryPlan, limit: int | None) -> MemoryPlan:
+    """Leave nothing in the file where there is room for everything: looking rows up there takes time."""
+    whole = replace(plan, in_file=0)
+    return whole if plan.everything_resident and (limit is None or whole.peak <= limit) else plan
 
 
 def _scratch(footprint: Footprint, rows: int) -> int:
