@@ -180,11 +180,15 @@ def test_spread():
     assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0, 3)
 
 
-def test_forced_tokens_follow(seed):
-    following = torch.randint(50, (3, 6))
+@pytest.mark.parametrize("rows", [1, 3])
+def test_forced_tokens_follow(seed, rows):
+    following = torch.randint(50, (rows, 6))
+    following[0, :2] = torch.tensor([0, 49])
     processor = ForcedTokens(following)
     for step in range(6):
-        assert torch.equal(processor(torch.zeros(3, 1), torch.randn(3, 50)).argmax(-1), following[:, step])
+        scores = processor(torch.zeros(rows, 1), torch.randn(rows, 50))
+        assert scores.shape == (rows, 50) and int(scores.isfinite().sum()) == rows
+        assert torch.equal(scores.argmax(-1), following[:, step])
 
 
 @pytest.mark.parametrize(

@@ -97,34 +97,43 @@ class LlamaCppSide:
                 f"llama.cpp has no room for {batch} x {context} tokens of {gguf}; ask for fewer"
             )
         self._tokens = self._c.llama_batch_init(_BATCH, 0, 1)
+        self._sampler = self._c.llama_sampler_init_greedy()
 
     def run(self, ids_BP: Tensor, new_tokens: int, following_BN: Tensor) -> Sample:
         """Read prompts and feed the tokens that follow, one step at a time.
 
-        As in :func:`~gangline.evaluation.speed_run.timed_generation` the last token is not fed: its logits
-        are nobody's business any more.
+        Behind every step its greedy sampler chooses a token, as ``generate()`` does on our side. As in
+        :func:`~gangline.evaluation.speed_run.timed_generation` the last token is not fed: its logits are
+        nobody's business any more.
         """
         self.reset()
         start = time.perf_counter()
-        self.feed(ids_BP, 0)
+        self.feed(ids_BP, 0, choose=True)
         first = time.perf_counter()
         for step in range(new_tokens - 1):
-            self.feed(following_BN[:, step : step + 1], ids_BP.shape[1] + step)
+            self.feed(following_BN[:, step : step + 1], ids_BP.shape[1] + step, choose=True)
         return Sample(first - start, time.perf_counter() - first)
 
     def reset(self) -> None:
         """Forget all text."""
         self._c.llama_memory_clear(self._c.llama_get_memory(self._context), True)
 
-    def feed(self, ids_BT: Tensor, past: int) -> None:
-        """Append tokens to every sequence and compute the logits after the last of each."""
+    def feed(self, ids_BT: Tensor, past: int, *, choose: bool = False) -> None:
+        """Append tokens to every sequence and compute the logits after the last of each.
+
+        ``choose``: let the greedy sampler find the most likely next token of each, too.
+        """
         entries = [
             (token, past + place, sequence, place == ids_BT.shape[1] - 1)
             for sequence, row in enumerate(ids_BT.tolist())
             for place, token in enumerate(row)
         ]
         for start in range(0, len(entries), _BATCH):
-            self._decode(entries[start : start + _BATCH])
+            some = entries[start : start + _BATCH]
+            self._decode(some)
+            for place, (_, _, _, wanted) in enumerate(some):
+                if choose and wanted:
+                    self._c.llama_sampler_sample(self._sampler, self._context, place)
 
     def logits(self, index: int) -> Tensor:
         """Return the logits ``[V]`` of one token of the last call; negative indices count from its end."""
@@ -152,6 +161,7 @@ class LlamaCppSide:
 
     def close(self) -> None:
         """Free it."""
+        self._c.llama_sampler_free(self._sampler)
         self._c.llama_batch_free(self._tokens)
         self._c.llama_free(self._context)
         self._c.llama_model_free(self._model)

@@ -78,20 +78,18 @@ class ForcedTokens(LogitsProcessor):
 
     def __init__(self, following_BN: Tensor) -> None:
         self._tokens = following_BN.T.tolist()
-        self._rows = range(len(following_BN))
         self._step = 0
-        self._scores_BV: Tensor | None = None
+        self._scores: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores of which only the next token's is finite."""
-        if self._scores_BV is None:
-            self._scores_BV = torch.full_like(scores, -torch.inf)
-            self._seen_BV = self._scores_BV.numpy()
-        else:  # one number per row is taken back, so that forcing costs nothing beside a token
-            self._seen_BV[self._rows, self._tokens[self._step - 1]] = -torch.inf
-        self._seen_BV[self._rows, self._tokens[self._step]] = 0.0
+        size = scores.shape[1]
+        if self._scores is None:  # a part of it has its only finite number wherever that is wanted
+            self._scores = torch.full((2 * size,), -torch.inf)
+            self._scores[size] = 0.0
+        rows = [self._scores[size - token : 2 * size - token] for token in self._tokens[self._step]]
         self._step += 1
-        return self._scores_BV
+        return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
 
 
 class _Clock:
