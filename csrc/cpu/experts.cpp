@@ -69,6 +69,10 @@ float* products(const Matrix& w, int begin, int end, const Activations& x, float
     return buffer + (begin - aligned);
 }
 
+int blocks_of(const Segment& segment) {
+    return (segment.pair_end - segment.pair_begin + block_tokens - 1) / block_tokens;
+}
+
 const Segment* segment_of(const std::vector<Segment>& segments, const Segment* from, int task) {
     const Segment* last = segments.data() + segments.size() - 1;
     if (task < from->first_task) from = segments.data();
@@ -99,7 +103,7 @@ int cut_into_tasks(const int* starts, int count, int begin, int end, int chunks,
         const int last = std::min(starts[i + 1], end);
         if (first >= last) continue;
         segments.push_back({i, first, last, tasks});
-        tasks += chunks * ((last - first + block_tokens - 1) / block_tokens);
+        tasks += chunks * blocks_of(segments.back());
     }
     return tasks;
 }
@@ -176,23 +180,29 @@ void ExpertsRun::gate_up_tasks(int worker) {
     const Segment* segment = gate_up_segments_.data();
     for (int task; (task = gate_up_tasks_.take(gate_up_count_, worker, workers_)) >= 0;) {
         segment = segment_of(gate_up_segments_, segment, task);
-        const int blocks = (segment->pair_end - segment->pair_begin + block_tokens - 1) / block_tokens;
-        const int local = task - segment->first_task;
-        gate_up_task(*segment, local / blocks, local % blocks, room);
+        gate_up_task(*segment, task, room);
     }
     // While others finish: what this worker will read first after the barrier.
-    if (call_.sum == nullptr && down_count_ > 0) prefetch_first_down(worker);
+    if (call_.sum == nullptr) prefetch_down(share(down_count_, 1, worker, workers_).begin);
 }
 
-void ExpertsRun::prefetch_first_down(int worker) {
-    const int task = share(down_count_, 1, worker, workers_).begin;
-    const Segment& segment = *segment_of(down_segments_, down_segments_.data(), std::min(task, down_count_ - 1));
-    const int blocks = (segment.pair_end - segment.pair_begin + block_tokens - 1) / block_tokens;
-    const int row = (task - segment.first_task) / blocks * down_rows_;
-    prefetch_rows(call_.experts[segment.expert]->down, std::min(row, call_.layer->hidden - 1));
+void ExpertsRun::prefetch_gate_up(int task) const {
+    if (task >= gate_up_count_) return;
+    const Segment& segment = *segment_of(gate_up_segments_, gate_up_segments_.data(), task);
+    const int row = (task - segment.first_task) / blocks_of(segment) * gate_rows_;
+    const bool alternating = call_.layer->interleaved && call_.experts[segment.expert]->second.data == nullptr;
+    prefetch_rows(call_.experts[segment.expert]->first, alternating ? 2 * row : row);
 }
 
-void ExpertsRun::gate_up_task(const Segment& segment, int chunk, int block, float* room) {
+void ExpertsRun::prefetch_down(int task) const {
+    if (task >= down_count_) return;
+    const Segment& segment = *segment_of(down_segments_, down_segments_.data(), task);
+    const int row = (task - segment.first_task) / blocks_of(segment) * down_rows_;
+    prefetch_rows(call_.experts[segment.expert]->down, row);
+}
+
+void ExpertsRun::gate_up_task(const Segment& segment, int task, float* room) {
+    const int blocks = blocks_of(segment), chunk = (task - segment.first_task) / blocks, block = (task - segment.first_task) % blocks;
     const ExpertsLayer& layer = *call_.layer;
     const Expert& expert = *call_.experts[segment.expert];
     const bool split = expert.second.data != nullptr;
@@ -212,13 +222,15 @@ void ExpertsRun::gate_up_task(const Segment& segment, int chunk, int block, floa
         gate = products(expert.first, 2 * begin, 2 * (begin + count), x, room, stride);
         up = gate + 1;
     } else if (layer.gate.gated) {
-        gate = products(expert.first, begin, begin + count, x, room, stride);
         const int offset = split ? begin : intermediate + begin;
+        prefetch_rows(split ? expert.second : expert.first, offset);
+        gate = products(expert.first, begin, begin + count, x, room, stride);
         up = products(split ? expert.second : expert.first, offset, offset + count, x, room + gate_rows_ + 32, stride);
     } else {
         up = products(expert.first, begin, begin + count, x, room, stride);
     }
 
+    prefetch_gate_up(task + 1);
     const float* bias = expert.gate_up_bias;
     const int bias_step = layer.gate.gated && layer.interleaved ? 2 : 1;
     const float* up_bias = bias;
@@ -243,8 +255,8 @@ void ExpertsRun::down_tasks(int worker) {
     const Segment* segment = down_segments_.data();
     for (int task; (task = down_tasks_.take(down_count_, worker, workers_)) >= 0;) {
         segment = segment_of(down_segments_, segment, task);
-        const int blocks = (segment->pair_end - segment->pair_begin + block_tokens - 1) / block_tokens;
-        const int local = task - segment->first_task;
+        const int blocks = blocks_of(*segment), local = task - segment->first_task;
+        prefetch_down(task + 1);
         down_task(*segment, local / blocks, local % blocks);
     }
 }

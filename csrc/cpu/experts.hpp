@@ -77,8 +77,9 @@ public:
 private:
     void plan_slab(int workers);
     void gate_up_tasks(int worker);
-    void gate_up_task(const Segment& segment, int chunk, int block, float* room);
-    void prefetch_first_down(int worker);
+    void gate_up_task(const Segment& segment, int task, float* room);
+    void prefetch_gate_up(int task) const;
+    void prefetch_down(int task) const;
     void down_tasks(int worker);
     void down_task(const Segment& segment, int chunk, int block);
     void sum_tasks(int worker);
