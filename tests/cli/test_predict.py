@@ -113,6 +113,24 @@ def test_a_trace_serves_as_well(gangline, folder, text, tmp_path):
     assert "--logits" in refused.stderr
 
 
+def test_thresholds_become_a_policy(gangline, folder, text, tmp_path, only_error):
+    trace, path = tmp_path / "trace", tmp_path / "fitted.yaml"
+    assert gangline("trace", folder, "--data", text, "-o", trace, "--window", 32).exit_code == 0
+    result = gangline("predict", "thresholds", trace, "-o", path, "--high", 0.8, "--json")
+    assert result.exit_code == 0, result.stderr
+    said = json.loads(result.stdout)
+    assert 0.79 <= said["reached"][0] <= 1 and 0.5 <= said["high"] <= said["low"]
+    shown = gangline("predict", "thresholds", trace, "-o", path, "--high", 0.8)
+    assert "--mode mixed" in " ".join(shown.stdout.split())
+    checked = gangline(
+        "check", folder, "--policy", path, "--mode", "mixed", "--share", 0.3, "--batch", 1, "--new-tokens", 4
+    )
+    assert checked.exit_code == 0, checked.stderr
+    assert "-o FILE.yaml" in only_error(gangline("predict", "thresholds", trace))
+    sums = gangline("predict", "thresholds", trace, "-o", path, "--high", 0.9, "--skip", 0.5)
+    assert "no more than 1 together" in only_error(sums)
+
+
 def test_refusals(gangline, folder, text, tmp_path, trained, seed, only_error):
     path, _ = trained("token-id")
     other = saved_model(tmp_path / "other", "mixtral", seed % 1000 + 1)

@@ -1,4 +1,4 @@
-"""``gangline predict``: train predictors of routing, and say what they are worth."""
+"""``gangline predict``: learn from recorded routing, and say what that is worth."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -175,6 +175,38 @@ def evaluate(
         out.show(fidelity.describe())
 
 
+def thresholds(
+    out: Output,
+    trace: Annotated[
+        Path, typer.Argument(metavar="TRACE", help="Folder that 'gangline trace' wrote.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None, option("--output", "-o", metavar="FILE", help="Where to write the policy (.yaml).")
+    ] = None,
+    high: Annotated[
+        float,
+        option("--high", help="Share of the experts' uses to keep in full precision.", min=0.0, max=1.0),
+    ] = 0.67,
+    skip: Annotated[
+        float, option("--skip", help="Share to leave out; the rest is low.", min=0.0, max=1.0)
+    ] = 0.03,
+) -> None:
+    """Fit the thresholds of HOBBIT's two precisions to recorded weights, and write a policy with them."""
+    if output is None or output.suffix not in (".yaml", ".yml"):
+        raise UsageError("say where to write the policy: -o FILE.yaml")
+    from gangline.evaluation.thresholds import fit_to_trace
+    from gangline.traces import open_trace
+
+    fit = fit_to_trace(open_trace(trace), high, skip)
+    output.write_text(fit.composition(), encoding="utf-8")
+    out.data({"policy": str(output), **fit.to_dict()})
+    out.show(f"{output}: HOBBIT for {fit.model}, T1 {fit.high:g}, T2 {fit.low:g}, from {fit.tokens:,} tokens")
+    out.show(f"on this trace: {fit.words()}")
+    for note in fit.notes:
+        out.show(f"note: {note}")
+    out.show(f"use: --policy {output} --mode mixed (gangline check measures what it costs)")
+
+
 def _documents(
     ready: "Loaded",
     name: str,
@@ -276,7 +308,10 @@ def _show_hits(out: Output, hits: "list[Hits]", *, layers: bool = False) -> None
 
 
 group = typer.Typer(
-    name="predict", help="Train predictors of routing, and say what they are worth.", no_args_is_help=True
+    name="predict",
+    help="Learn from recorded routing: predictors and what they are worth, and HOBBIT's thresholds.",
+    no_args_is_help=True,
 )
 command(group, "train")(train)
 command(group, "eval")(evaluate)
+command(group, "thresholds")(thresholds)

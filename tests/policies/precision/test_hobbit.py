@@ -9,7 +9,7 @@ from gangline.core.errors import UsageError
 from gangline.core.events import RoutingDetail, RoutingEvent
 from gangline.core.precision import Precision
 from gangline.policies.precision import HobbitPrecision
-from gangline.policies.precision.hobbit import fit_thresholds
+from gangline.policies.precision.hobbit import fit_thresholds, unimportance
 
 HIGH, LOW, SKIP = Precision.HIGH, Precision.LOW, Precision.SKIP
 
@@ -55,7 +55,7 @@ def test_skipped_weights_are_kept_or_spread():
 
 def test_fitted_thresholds_give_the_shares(seed):
     w_TK = np.random.default_rng(seed).dirichlet(np.ones(4), size=2000)
-    t1, t2 = fit_thresholds(w_TK, high=0.67, skip=0.03)
+    t1, t2 = fit_thresholds(unimportance(w_TK), high=0.67, skip=0.03)
     chosen = [p for row in w_TK.tolist() for p in HobbitPrecision(t1, t2).by_weight(row)]
     assert chosen.count(HIGH) / len(chosen) == pytest.approx(0.67, abs=0.02)
     assert chosen.count(SKIP) / len(chosen) == pytest.approx(0.03, abs=0.01)

@@ -4,12 +4,15 @@
 token's experts by gate weight, normalised to sum 1. The unimportance of a rank is the weight before it. Up
 to T1 the expert is loaded in high precision, up to T2 in low precision, beyond that it is skipped; the first
 is always high. A copy that is there and good enough is used as it is. Thresholds are per model (Mixtral: 0.6
-and 0.9).
+and 0.9): :func:`fit_thresholds` finds them.
+
+Shape suffixes: T tokens, K chosen experts per token, P choices.
 """
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gangline.core.errors import UsageError
 from gangline.core.events import RoutingEvent
@@ -73,15 +76,32 @@ class HobbitPrecision(PrecisionPolicy):
         return [float(w) for w in left]
 
 
-def fit_thresholds(weights_TK: Sequence[Sequence[float]], high: float, skip: float) -> tuple[float, float]:
+def unimportance(weights_TK: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return the share of weight before each choice of each token, ``[P]``; choices of weight 0 are none."""
+    sorted_TK = -np.sort(-np.asarray(weights_TK, dtype=np.float64), axis=1)
+    sorted_TK = sorted_TK[sorted_TK[:, 0] > 0]
+    sorted_TK /= sorted_TK.sum(axis=1, keepdims=True)
+    before_TK = np.cumsum(sorted_TK, axis=1) - sorted_TK
+    before_P: NDArray[np.float64] = before_TK[sorted_TK > 0]
+    return before_P
+
+
+def fit_thresholds(before_P: NDArray[np.float64], high: float, skip: float) -> tuple[float, float]:
     """Return ``(T1, T2)`` so that a share ``high`` of expert choices stays HIGH and ``skip`` is skipped.
 
     Args:
-        weights_TK: gate weights on calibration text.
+        before_P: :func:`unimportance` of choices on calibration text, one or more.
         high: share of choices in high precision (Mixtral in the paper: 0.67).
-        skip: share of choices left out (0.03).
+        skip: share of choices left out (0.03); with 0 nothing is ever skipped.
+
+    Raises:
+        UsageError: the shares are none, or more than all together.
     """
-    sorted_TK = -np.sort(-np.asarray(weights_TK, dtype=np.float64), axis=1)
-    sorted_TK /= sorted_TK.sum(axis=1, keepdims=True)
-    before_TK = np.cumsum(sorted_TK, axis=1) - sorted_TK
-    return float(np.quantile(before_TK, high)), float(np.quantile(before_TK, 1 - skip))
+    if not (0 < high <= 1 and 0 <= skip <= 1 and high + skip <= 1 + 1e-9):
+        raise UsageError(
+            f"shares of {high:g} in high precision and {skip:g} left out must be at least 0, with some in "
+            "high precision, and no more than 1 together"
+        )
+    t1 = 1.0 if high == 1 else float(np.quantile(before_P, high))
+    t2 = 1.0 if skip == 0 else float(np.quantile(before_P, 1 - skip))
+    return t1, max(t1, t2)
