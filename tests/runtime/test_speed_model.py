@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from gangline.core.geometry import LayerGeometry, MoEGeometry
-from gangline.runtime.footprint import Footprint
+from gangline.policies.precision import HobbitPrecision
+from gangline.runtime.footprint import Copies, Footprint
 from gangline.runtime.machine import (
     DiskSpeed,
     ExpertSpeed,
@@ -101,3 +102,47 @@ def test_a_prompt_takes_longer_cold():
     cold, warm = (speed(slots)["prefill_tokens_per_second"] for slots in (32, 64))
     assert cold[0] < warm[0]
     assert cold[1] <= warm[1]
+
+
+def two_precisions(slots, high, low, top_k=TOP_K):
+    """The band where misses may be computed in a quarter of the bytes."""
+    size = footprint()
+    layers = tuple(replace(layer, top_k=top_k) for layer in size.geometry.layers)
+    copies = Copies((PARAMS // 2,) * LAYERS, 0.25, ("int4g64",), 0, None, HobbitPrecision(high, low))
+    size = replace(
+        size,
+        geometry=MoEGeometry(layers),
+        active_experts=LAYERS * top_k * 2 * PARAMS,
+        copies=copies,
+    )
+    plan = make_plan(PlanRequest("m", None, "stored", 1024, expert_slots=slots), size)
+    return plan, expected_speed(plan, size, PROFILE)
+
+
+def test_two_precisions_read_copies_for_the_lighter_experts():
+    plan, found = two_precisions(32, 0.1, 1.0)
+    hits, low_slots = found["hit_rate"], plan.low_slots[0][1]
+    there = (low_slots - TOP_K) / (LAYERS * EXPERTS), 1 - (1 - low_slots / (LAYERS * EXPERTS)) ** 2.5
+    # The heavier one of two experts as it is, the other as a copy.
+    for end in (0, 1):
+        misses = LAYERS * (1 - hits[end])
+        assert found["read_bytes_per_token"][end] == pytest.approx(
+            misses * (2 * PARAMS + (1 - there[end]) * PARAMS / 2)
+        )
+        assert found["low_share"][end] == pytest.approx((1 - hits[end]) / 2)
+        assert found["skipped_share"][end] == 0
+    _, exact = two_precisions(32, 1.0, 1.0)
+    assert exact["low_share"] == [0, 0]
+    for end in (0, 1):
+        assert exact["read_bytes_per_token"][end] > found["read_bytes_per_token"][end]
+    assert exact["decode_tokens_per_second"][0] < found["decode_tokens_per_second"][0]
+    assert "low_share" not in speed(32)
+    assert "low_share" not in two_precisions(64, 0.1, 1.0)[1]  # all experts are there
+
+
+def test_the_ends_are_experts_that_weigh_alike_and_not():
+    _, found = two_precisions(32, 0.6, 0.9, top_k=8)
+    misses = [1 - hit for hit in found["hit_rate"]]
+    # Of eight that weigh alike three are low; of weights 1, 1/2, 1/3 ... three are low and two left out.
+    assert found["low_share"] == pytest.approx([3 / 8 * misses[0], 3 / 8 * misses[1]])
+    assert found["skipped_share"] == pytest.approx([0, 2 / 8 * misses[1]])

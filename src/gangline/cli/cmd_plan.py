@@ -1,6 +1,6 @@
 """``gangline plan``: where each byte would go, from headers alone."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gangline.cli.options import BudgetOptions, ModelArgument, ModeOption, PolicyOption
 from gangline.cli.output import Output
@@ -65,6 +65,18 @@ def _speed(plan: "MemoryPlan") -> list[str]:
         f"prefill: {_band(speed['prefill_tokens_per_second'])} tokens/s "
         f"(first prompt, {speed['prompt_tokens']} tokens)",
         f"hit rate: {uniform:.2f} with uniform routing, {local:.2f} with locality",
+        *_of_two(speed),
+    ]
+
+
+def _of_two(speed: dict[str, Any]) -> list[str]:
+    """Return the line on what misses are computed in, where there are two precisions."""
+    if "low_share" not in speed:
+        return []
+    low, skipped = ([f"{share:.0%}" for share in speed[key]] for key in ("low_share", "skipped_share"))
+    return [
+        f"experts of a token: {low[0]} in low precision and {skipped[0]} left out if they weigh alike, "
+        f"{low[1]} and {skipped[1]} if unequally (assumed)"
     ]
 
 

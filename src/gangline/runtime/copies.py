@@ -52,4 +52,5 @@ def measure_copies(
         codecs=tuple(sorted({field.codec for layout in low for field in layout.fields})),
         kernel=2 * max(block.geometry.expert_params for block in view.blocks) * dtype.itemsize,
         scratch=native_scratch(view, low),
+        rule=mixed.rule,
     )

@@ -9,6 +9,7 @@ from torch import nn
 
 from gangline.core.geometry import MoEGeometry
 from gangline.core.layout import ExpertLayout
+from gangline.policies.precision import HobbitPrecision
 from gangline.runtime.embedding import lookup_table
 from gangline.runtime.scratch import Scratch
 
@@ -22,6 +23,7 @@ class Copies:
         share: part of the slot bytes that they get.
         codecs: names of the codecs of their matrices.
         scratch: see :class:`Footprint`; ``kernel`` likewise.
+        rule: that chooses between the precisions.
     """
 
     slots: tuple[int, ...]
@@ -29,6 +31,7 @@ class Copies:
     codecs: tuple[str, ...]
     kernel: int
     scratch: Scratch | None
+    rule: HobbitPrecision
 
 
 @dataclass(frozen=True)

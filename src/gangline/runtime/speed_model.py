@@ -4,7 +4,8 @@ A token costs its dense weights and its experts (measured seconds per weight, in
 of rows), what layers and experts cost besides, and the reads of experts that are not in memory. Low end:
 uniform routing (a cache of x % hits x % of the time), reads and computing one after the other, the disk in
 its slowest window. High end: the locality of trained models, reads hidden behind computing, the disk at its
-best. Nothing is predicted without a measured machine.
+best. Where misses may be computed in low precision, the ends are two assumptions on the routers' weights (see
+:mod:`gangline.runtime.mixed_speed`). Nothing is predicted without a measured machine.
 """
 
 import bisect
@@ -16,6 +17,7 @@ from typing import Any
 from gangline.core.sizes import format_size
 from gangline.runtime.footprint import Footprint
 from gangline.runtime.machine import ExpertSpeed, MachineProfile, load_profile
+from gangline.runtime.mixed_speed import Wanted, copy_bytes_per_token, low_share, wanted
 from gangline.runtime.planner import MemoryPlan
 
 # A run's computing against the calibration: other programs and colder caches, or quieter ones.
@@ -43,16 +45,19 @@ def expected_speed(plan: MemoryPlan, footprint: Footprint, profile: MachineProfi
 
     Keys: ``decode_tokens_per_second`` and ``prefill_tokens_per_second`` (of the first prompt after loading,
     ``prompt_tokens`` long) as ``[low, high]``, ``hit_rate`` as ``[uniform, local]``, ``read_bytes_per_token``
-    and ``disk_bytes_per_second`` likewise, ``compute_seconds`` of a decoded token, ``bound`` in words.
+    and ``disk_bytes_per_second`` likewise, ``compute_seconds`` of a decoded token, ``bound`` in words. In
+    two precisions also ``low_share`` and ``skipped_share`` of the experts of a token.
     """
     disk = _disk(profile, _expert_bytes(footprint))
-    token = _decode_cost(footprint, profile)
-    hits = (_useful(plan, footprint), 1 - (1 - min(1.0, plan.resident_share)) ** _LOCALITY)
-    moved = [footprint.active_experts * (1 - hit) for hit in hits]
+    hits = (_useful(plan, footprint, plan.experts_resident), _local(plan.resident_share))
+    parts = wanted(plan, footprint)
+    tokens = [_decode_cost(footprint, profile, part, hit) for part, hit in zip(parts, hits, strict=True)]
+    token = tokens[0]
+    moved = _moved(plan, footprint, hits, parts)
     rows = min(PROMPT_TOKENS, plan.rows)
     cold = 0 if plan.everything_resident else footprint.experts
-    decode = _band(token, [read / rate for read, rate in zip(moved, disk, strict=True)])
-    prompt = _band(_prompt_cost(footprint, profile, rows), [cold / rate for rate in disk])
+    decode = _band(tokens, [read / rate for read, rate in zip(moved, disk, strict=True)])
+    prompt = _band([_prompt_cost(footprint, profile, rows)] * 2, [cold / rate for rate in disk])
     bound = "disk reads" if moved[0] / math.sqrt(disk[0] * disk[1]) > token.total else "computing"
     return {
         "decode_tokens_per_second": [1 / seconds for seconds in decode],
@@ -63,7 +68,7 @@ def expected_speed(plan: MemoryPlan, footprint: Footprint, profile: MachineProfi
         "disk_bytes_per_second": list(disk),
         "compute_seconds": token.total,
         "bound": f"{bound}: {format_size(moved[0])} read and {token.total * 1e3:.3g} ms computed per token",
-    }
+    } | _of_two(plan, hits, parts)
 
 
 @dataclass(frozen=True)
@@ -78,21 +83,49 @@ class _Cost:
         return self.experts + self.rest
 
 
-def _band(cost: _Cost, reads: Sequence[float]) -> tuple[float, float]:
-    """Return the longest and the shortest time."""
-    slow = _COMPUTE[0] * cost.total + reads[0]
-    fast = _COMPUTE[1] * cost.rest + max(_COMPUTE[1] * cost.experts, reads[1])
+def _band(costs: Sequence[_Cost], reads: Sequence[float]) -> tuple[float, float]:
+    """Return the longest and the shortest time, from the computing and the reads of both ends."""
+    slow = _COMPUTE[0] * costs[0].total + reads[0]
+    fast = _COMPUTE[1] * costs[1].rest + max(_COMPUTE[1] * costs[1].experts, reads[1])
     return slow, fast
 
 
-def _decode_cost(footprint: Footprint, profile: MachineProfile) -> _Cost:
+def _moved(
+    plan: MemoryPlan, footprint: Footprint, hits: Sequence[float], parts: Sequence[Wanted]
+) -> list[float]:
+    """Return the bytes read for a decoded token at both ends: misses as they are, and copies of others."""
+    of_copies = _useful(plan, footprint, low_share(plan) * plan.experts_total), _local(low_share(plan))
+    copies = copy_bytes_per_token(footprint)
+    return [
+        footprint.active_experts * part.high * (1 - hit) + copies * part.computed_low(hit) * (1 - there)
+        for hit, part, there in zip(hits, parts, of_copies, strict=True)
+    ]
+
+
+def _of_two(plan: MemoryPlan, hits: Sequence[float], parts: Sequence[Wanted]) -> dict[str, Any]:
+    """Return what is expected of the rule of two precisions, at both ends; nothing where there is one."""
+    if not plan.low_slots:
+        return {}
+    both = list(zip(parts, hits, strict=True))
+    return {
+        "low_share": [part.computed_low(hit) for part, hit in both],
+        "skipped_share": [part.skipped(hit) for part, hit in both],
+    }
+
+
+def _decode_cost(footprint: Footprint, profile: MachineProfile, part: Wanted, hit: float) -> _Cost:
     layers = footprint.geometry.layers
+    low = part.computed_low(hit)
+    high = 1 - low - part.skipped(hit)
+    each = high * _expert_seconds(profile, footprint.codecs, 1)
+    if low and footprint.copies is not None:
+        each += low * _expert_seconds(profile, footprint.copies.codecs, 1)
     weights = sum(layer.top_k * layer.expert_params for layer in layers)
-    per_expert = profile.layer_cost.expert * footprint.geometry.active_experts
+    per_expert = profile.layer_cost.expert * footprint.geometry.active_experts * (high + low)
     dense = (footprint.row_params + footprint.head_params) * _dense_row(profile, footprint.width)
     dense += _packed_cost(footprint, profile, footprint.packed + footprint.packed_head, 1)
     return _Cost(
-        experts=weights * _expert_seconds(profile, footprint.codecs, 1) + per_expert,
+        experts=weights * each + per_expert,
         rest=dense + profile.layer_cost.layer * len(layers),
     )
 
@@ -180,9 +213,14 @@ def _expert_bytes(footprint: Footprint) -> float:
     return footprint.experts / footprint.geometry.total_experts
 
 
-def _useful(plan: MemoryPlan, footprint: Footprint) -> float:
+def _useful(plan: MemoryPlan, footprint: Footprint, resident: float) -> float:
     """Hit rate under uniform routing: the ring that streams misses holds nothing for good."""
     ring = max(layer.top_k for layer in footprint.geometry.layers)
     if plan.everything_resident:
         return 1.0
-    return max(0.0, (plan.experts_resident - ring) / plan.experts_total)
+    return max(0.0, (resident - ring) / plan.experts_total)
+
+
+def _local(resident_share: float) -> float:
+    """Hit rate with the locality of trained models."""
+    return 1 - math.pow(1 - min(1.0, resident_share), _LOCALITY)
