@@ -71,7 +71,7 @@ def test_mrs_asks_for_scores():
 
 
 def test_hobbit_distance_of_layers():
-    policy = HobbitCache(4, (0, 0, 0, 1))
+    policy = HobbitCache([1] * 4, (0, 0, 0, 1))
     policy.on_event(event(1, (0,)), ())
     assert [policy.priority(ExpertKey(layer, 0)) for layer in (1, 2, 3, 0)] == [1, 0.75, 0.5, 0.25]
 
@@ -79,11 +79,11 @@ def test_hobbit_distance_of_layers():
 @given(st.integers(0, 10**6), st.integers(2, 8), st.floats(0, 1))
 def test_hobbit_with_recency_alone_is_lru(seed, slots, sticky):
     events = random_events(seed, layers=1, experts=8, top_k=2, sticky=sticky)
-    assert replay(HobbitCache(1, (1, 0, 0, 0)), slots, events) == replay(LRU(), slots, events)
+    assert replay(HobbitCache([8], (1, 0, 0, 0)), slots, events) == replay(LRU(), slots, events)
 
 
 def test_hobbit_low_precision_does_not_count_as_high():
-    policy = HobbitCache(1, (0, 0, 1, 0))
+    policy = HobbitCache([2], (0, 0, 1, 0))
     used = event(0, (0, 1))
     policy.on_event(used, ())
     policy.on_precision(used, {1: Precision.LOW})
@@ -95,7 +95,7 @@ def test_hobbit_low_precision_does_not_count_as_high():
 
 def test_hobbit_weights_sum_to_one():
     with pytest.raises(UsageError, match="sum to 1"):
-        HobbitCache(2, (0.5, 0.5, 0.5, 0))
+        HobbitCache([4, 4], (0.5, 0.5, 0.5, 0))
 
 
 def test_arc_lists_move_the_target():

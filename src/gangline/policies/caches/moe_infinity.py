@@ -5,18 +5,23 @@
 eps) (1 - i/L)`` and the lowest goes. The second factor favours early layers, which are hard to predict and
 leave little time to prefetch; it counts from layer 0, not from the current layer. pEAM comes as forecasts of
 the trace-matching predictor; without any, all experts of a layer are alike and use counts decide.
+
+Shape suffixes: L layers, E experts.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gangline.core.events import RoutingEvent
 from gangline.core.forecast import Forecast
 from gangline.core.keys import ExpertKey
-from gangline.policies.caches.ranked import Rank, RankedCache
+from gangline.policies.caches.ranked_arrays import ArrayRankedCache, Table
 
 
-class MoEInfinityCache(RankedCache):
+class MoEInfinityCache(ArrayRankedCache):
     """Evicts by predicted activation and depth; ties: fewest tokens, then least recent.
 
     Args:
@@ -28,37 +33,50 @@ class MoEInfinityCache(RankedCache):
     def __init__(
         self, experts: Sequence[int], quotas: Sequence[int] | None = None, *, eps: float = 1e-4
     ) -> None:
-        super().__init__(quotas)
+        super().__init__(experts, quotas)
         self.eps = eps
         self._experts = list(experts)
-        self._share: list[dict[int, float] | None] = [None] * len(experts)
+        self._share_LE = self.table() + [[1 / max(count, 1)] for count in experts]
+        self._depth_L = 1 - np.arange(len(experts)) / len(experts)
+        self._newest: dict[int, tuple[Forecast, float]] = {}
         self._events = 0
-        self._uses: defaultdict[ExpertKey, int] = defaultdict(int)
-        self._last: defaultdict[ExpertKey, int] = defaultdict(int)
+        self._uses_LE, self._last_LE = self.table(), self.table()
 
-    def rank(self, key: ExpertKey) -> Rank:
-        """Return ``(priority, tokens, last event)``."""
-        return (self.priority(key), self._uses[key], self._last[key])
+    @property
+    def tie_breakers(self) -> Sequence[NDArray[Any]]:
+        """Tokens, and the last event."""
+        return self._uses_LE, self._last_LE
 
     def priority(self, key: ExpertKey) -> float:
         """Return the predicted share of the expert in its layer, weighted by depth."""
-        share = self._share[key.layer]
-        p = 1 / self._experts[key.layer] if share is None else share.get(key.expert, 0.0)
-        return (p + self.eps) * (1 - key.layer / len(self._experts))
+        self._read_forecasts()
+        return float((self._share_LE[key] + self.eps) * self._depth_L[key.layer])
+
+    def priorities(self, layers: slice) -> Table:
+        """Return the same of all experts."""
+        self._read_forecasts()
+        found_LE: Table = (self._share_LE[layers] + self.eps) * self._depth_L[layers, None]
+        return found_LE
 
     def on_event(self, event: RoutingEvent, hits: tuple[int, ...]) -> None:
         """Count the uses that break ties."""
         self.reranked()
         self._events += 1
-        for expert, count in zip(event.experts, event.counts, strict=True):
-            self._uses[ExpertKey(event.layer, expert)] += count
-            self._last[ExpertKey(event.layer, expert)] = self._events
+        used = event.layer, list(event.experts)
+        self._uses_LE[used] += event.counts
+        self._last_LE[used] = self._events
 
     def on_forecast(self, forecasts: Sequence[Forecast]) -> None:
         """Take the newest predicted row of each layer."""
         self.reranked()
         for forecast in forecasts:
             total = sum(forecast.probabilities)
-            if total > 0:
-                row = zip(forecast.experts, forecast.probabilities, strict=True)
-                self._share[forecast.layer] = {expert: p / total for expert, p in row}
+            if total > 0 and self._experts[forecast.layer]:
+                self._newest[forecast.layer] = forecast, total
+
+    def _read_forecasts(self) -> None:
+        """Put the newest rows into the table: only now, for most are overtaken before anybody asks."""
+        for layer, (forecast, total) in self._newest.items():
+            self._share_LE[layer] = 0.0
+            self._share_LE[layer, list(forecast.experts)] = np.array(forecast.probabilities) / total
+        self._newest.clear()

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from gangline.core.errors import UsageError
 from gangline.core.events import RoutingEvent
 from gangline.core.keys import ExpertKey
-from gangline.policies.caches.ranked import Rank, RankedCache
+from gangline.policies.caches.ranked_arrays import ArrayRankedCache, Table
 
 
-class MRS(RankedCache):
+class MRS(ArrayRankedCache):
     """Evicts the lowest running score.
 
     Args:
@@ -36,13 +36,18 @@ class MRS(RankedCache):
         alpha: float = 0.5,
         quotas: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(quotas)
+        super().__init__(experts, quotas)
         self.top_p, self.alpha = list(top_p), alpha
-        self.score_E: list[NDArray[np.float64]] = [np.zeros(count) for count in experts]
+        self._score_LE = self.table()
+        self.score_E = [row_E[:count] for row_E, count in zip(self._score_LE, experts, strict=True)]
 
-    def rank(self, key: ExpertKey) -> Rank:
+    def priority(self, key: ExpertKey) -> float:
         """Return S of ``key``."""
-        return (float(self.score_E[key.layer][key.expert]),)
+        return float(self._score_LE[key])
+
+    def priorities(self, layers: slice) -> Table:
+        """Return S of all experts."""
+        return self._score_LE[layers]
 
     def on_event(self, event: RoutingEvent, hits: tuple[int, ...]) -> None:
         """Fold the scores of every token, in order, into the layer's S.

@@ -68,7 +68,7 @@ CACHES: dict[str, Callable[..., CachePolicy]] = {
     "arc": lambda s: ARC(s.slots, s.quotas),
     "random": lambda s, seed=0: RandomEviction(seed),
     "static-hot": _hot,
-    "hobbit": lambda s, weights=(0.25, 0.25, 0.25, 0.25): HobbitCache(len(s.experts), weights, s.quotas),
+    "hobbit": lambda s, weights=(0.25, 0.25, 0.25, 0.25): HobbitCache(s.experts, weights, s.quotas),
     "mrs": _mrs,
     "moe-infinity": lambda s, eps=1e-4: MoEInfinityCache(s.experts, s.quotas, eps=eps),
     "fate": lambda s, shallow=3: FateCache(s.slots, s.top_k, s.experts, shallow),
