@@ -10,11 +10,13 @@ from torch import Tensor
 
 import gangline
 from gangline.core.errors import UsageError
+from gangline.core.events import RoutingDetail, RoutingEvent
 from gangline.core.forecast import Forecast
 from gangline.models import find_moe
 from gangline.policies.compositions import COMPOSITIONS
 from gangline.policies.predictors.expertflow import RoutingPathPredictor
 from gangline.policies.predictors.identity import describe_model
+from gangline.policies.predictors.next_gate import NextGate
 from gangline.policies.predictors.pregate import PreGates
 from gangline.policies.predictors.protocol import Predictor
 from gangline.policies.predictors.read_me import DecoupledRouter
@@ -271,3 +273,18 @@ def test_router_scores_are_the_routers_and_nobody_hears_of_them(family: str, see
     sigmoid = block.router_spec is not None and block.router_spec.score == "sigmoid"
     want_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
     torch.testing.assert_close(torch.from_numpy(scores_TE), want_TE, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3"])
+def test_several_routers_at_once_forecast_the_same(family: str, seed: int) -> None:
+    model = tiny_model(family, seed=seed, dtype=torch.float32).eval()
+    view = find_moe(model)
+    gates, width = router_scores(view), model.config.hidden_size
+    for rows in (1, 5):
+        detail = RoutingDetail(gate_input_TD=torch.randn(rows, width))
+        event = RoutingEvent(3, 0, "decode", rows, (0,), (rows,), detail)
+        together = NextGate(gates, len(gates)).after_gate(event)
+        assert len(together) == len(gates) - 1
+        for n, one in enumerate(together, start=1):
+            alone = NextGate([lambda x, n=n: gates[n](x)] * len(gates), n).after_gate(event)[-1]
+            assert one == alone

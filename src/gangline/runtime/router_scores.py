@@ -5,6 +5,7 @@ Shape suffixes: T tokens, D hidden, E experts.
 
 import copy
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -28,6 +29,9 @@ class RouterScores:
     Args:
         block: the layer.
 
+    Attributes:
+        sigmoid: whether scores are sigmoids and no softmax.
+
     Raises:
         UsageError: the family has no router module.
     """
@@ -42,22 +46,25 @@ class RouterScores:
             object.__setattr__(router, name, OrderedDict())
         self._block = replace(block, router=router)
         self._dtype = next(block.router.parameters()).dtype
-        self._sigmoid = block.router_spec is not None and block.router_spec.score == "sigmoid"
+        self.sigmoid = block.router_spec is not None and block.router_spec.score == "sigmoid"
         self._token_ids = torch.zeros(1, dtype=torch.long)
         self._weight_ED = self._plain_weight(router)
 
     def __call__(self, x_TD: Any) -> NDArray[np.float32]:
         """Return scores ``[T, E]`` (softmax or sigmoid) for inputs ``[T, D]``, of torch or NumPy."""
-        x_TD = torch.as_tensor(x_TD)
+        with torch.no_grad():
+            return self.normalised(self.logits(torch.as_tensor(x_TD)))
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Return what the router makes scores of, ``[T, E]``."""
         if x_TD.dtype is not self._dtype:
             x_TD = x_TD.to(self._dtype)
-        with torch.no_grad():
-            if self._weight_ED is None:
-                logits_TE = self._ask(x_TD).float()
-            else:
-                logits_TE = functional.linear(x_TD, self._weight_ED).float()
-            scores_TE = logits_TE.sigmoid() if self._sigmoid else logits_TE.softmax(-1)
-        return cast("NDArray[np.float32]", scores_TE.numpy())
+        return self._ask(x_TD) if self._weight_ED is None else functional.linear(x_TD, self._weight_ED)
+
+    def normalised(self, logits: Tensor) -> NDArray[np.float32]:
+        """Return scores of logits, of any layers and tokens: the last dimension counts experts."""
+        logits = logits.float()
+        return cast("NDArray[np.float32]", (logits.sigmoid() if self.sigmoid else logits.softmax(-1)).numpy())
 
     def _ask(self, x_TD: Tensor) -> Tensor:
         """Return the logits that the router module gives."""
@@ -78,10 +85,23 @@ class RouterScores:
         return weight_ED.detach() if same else None
 
 
-def router_scores(view: MoEView) -> list[RouterScores]:
+class RouterGates(list[RouterScores]):
+    """The functions of all MoE layers."""
+
+    def several(self, layers: Sequence[int], x_TD: Any) -> Sequence[NDArray[np.float32]]:
+        """Return the scores ``[T, E]`` of some layers for one input: the same values in fewer calls."""
+        asked, x_TD = [self[layer] for layer in layers], torch.as_tensor(x_TD)
+        with torch.no_grad():
+            logits = [gate.logits(x_TD) for gate in asked]
+            if len({(one.shape[-1], gate.sigmoid) for one, gate in zip(logits, asked, strict=True)}) == 1:
+                return asked[0].normalised(torch.stack(logits))  # type: ignore[return-value]
+            return [gate.normalised(one) for one, gate in zip(logits, asked, strict=True)]
+
+
+def router_scores(view: MoEView) -> RouterGates:
     """Return the function of every MoE layer.
 
     Raises:
         UsageError: a layer has no router module.
     """
-    return [RouterScores(block) for block in view.blocks]
+    return RouterGates(RouterScores(block) for block in view.blocks)

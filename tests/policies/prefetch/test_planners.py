@@ -1,5 +1,7 @@
 """Prefetch planners: the vectors of their cards, and no planner asks for what is there or for too much."""
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +25,7 @@ from gangline.policies.prefetch import (
     overlap_budget,
     share_slots,
 )
+from gangline.policies.schedule.hybrimoe import two_ended
 from policy_replay import event, random_events
 
 COST = CostTable("t", 10, straight(0.5, 1.0), straight(0.2, 0.05), bandwidth={"host_to_hbm": 20.0})
@@ -165,3 +168,47 @@ def test_adaptive_horizon_follows_stalls_and_waste():
     assert horizon.layers == 2
     assert [horizon.observe(0.2, 0.0), horizon.observe(0.2, 0.0)] == [3, 3]
     assert [horizon.observe(0.0, 0.9) for _ in range(3)] == [2, 1, 1]
+
+
+def every_later(forecasts, holds, budget, layers):
+    """AllLater, expert by expert."""
+    best = {}
+    for f in forecasts:
+        for expert, p in zip(f.experts, f.probabilities, strict=True):
+            key, value = ExpertKey(f.layer, expert), p / sum(f.probabilities) * (1 - f.horizon / layers)
+            if value > best.get(key, 0.0) and not holds(key):
+                best[key] = value
+    return [(key, best[key]) for key in sorted(best, key=lambda key: (-best[key], key))[:budget]]
+
+
+def every_gain(forecasts, holds, budget, cost, top_k):
+    """ByGain, with a schedule of its own for each candidate."""
+    gains = []
+    for f in forecasts:
+        tokens = dict.fromkeys(f.experts[:top_k], 1)
+        there = {expert for expert in tokens if holds(ExpertKey(f.layer, expert))}
+        for expert, chance in list(zip(f.experts, f.probabilities, strict=True))[:top_k]:
+            saved = two_ended(tokens, there, cost).seconds - two_ended(tokens, there | {expert}, cost).seconds
+            if expert not in there and saved > 0:
+                gains.append((saved * chance, f.horizon, ExpertKey(f.layer, expert)))
+    gains.sort(key=lambda gain: (-gain[0], gain[1], gain[2]))
+    return [(key, gain) for gain, _, key in gains[:budget]]
+
+
+@given(data=st.data(), seed=st.integers(0, 2**20), budget=st.one_of(st.none(), st.integers(0, 9)))
+def test_the_reads_of_looking_at_every_expert(data, seed, budget):
+    rng = random.Random(seed)
+    steps = st.sampled_from([0.1, 0.2, 0.25, 0.4])  # equal ones too: then the key decides
+    forecasts = []
+    for horizon in rng.sample(range(1, 6), rng.randint(1, 4)):
+        experts = rng.sample(range(9), rng.randint(1, 9))
+        p = sorted((data.draw(steps) for _ in experts), reverse=True)
+        forecasts.append(Forecast(0, rng.randint(0, 4), tuple(experts), tuple(p), horizon, "t"))
+    there = {ExpertKey(layer, e) for layer in range(5) for e in range(9) if rng.random() < 0.5}
+    holds = there.__contains__
+    found = AllLater(5).plan(forecasts, holds, budget)
+    assert [(f.key, f.score) for f in found] == every_later(forecasts, holds, budget, 5)
+    planner = ByGain(COST, 4)
+    for _ in range(2):
+        found = planner.plan(forecasts, holds, budget)
+        assert [(f.key, f.score) for f in found] == every_gain(forecasts, holds, budget, COST, 4)

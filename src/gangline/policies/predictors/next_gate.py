@@ -7,7 +7,7 @@ must be the *normalised* gate input: a recall below about 0.6 at top-k means tha
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,17 +16,27 @@ from gangline.core.errors import UsageError
 from gangline.core.events import RoutingEvent
 from gangline.core.forecast import Forecast
 from gangline.policies.predictors.protocol import Predictor
-from gangline.policies.predictors.ranking import forecast
+from gangline.policies.predictors.ranking import ranked
 
 Gate = Callable[[Any], Any]
 """Takes gate inputs ``[T, D]`` and returns scores ``[T, E]``, of NumPy or torch."""
+
+
+@runtime_checkable
+class Several(Protocol):
+    """Gates that score several layers in one call."""
+
+    def several(self, layers: Sequence[int], x_TD: Any) -> Sequence[Any]:
+        """Return what the gate of each layer would, in order."""
+        ...
 
 
 class NextGate(Predictor):
     """Forecasts the next layers with their own gates. Layer 0 has no forecast.
 
     Args:
-        gates: one gate for each layer; the model's routers, or :func:`linear_gate`.
+        gates: one gate for each layer; the model's routers, or :func:`linear_gate`. They are asked for
+            several layers at once if they are :class:`Several`.
         ahead: layers to forecast (p).
         top_k: if given, tokens vote with their top-k scores only.
     """
@@ -35,7 +45,8 @@ class NextGate(Predictor):
     source = "next-gate"
 
     def __init__(self, gates: Sequence[Gate], ahead: int = 1, top_k: int | None = None) -> None:
-        self.gates, self.ahead, self.top_k = list(gates), ahead, top_k
+        self.gates, self.ahead, self.top_k = gates, ahead, top_k
+        self._several = gates.several if isinstance(gates, Several) else None
 
     def after_gate(self, event: RoutingEvent) -> list[Forecast]:
         """Forecast the next layers of this pass from the event's gate input.
@@ -48,17 +59,27 @@ class NextGate(Predictor):
                 "the next-gate predictor needs gate inputs; record the trace with them, "
                 "or choose another predictor"
             )
-        out = []
-        for layer in range(event.layer + 1, min(event.layer + self.ahead + 1, len(self.gates))):
-            scores_TE = np.asarray(self.gates[layer](event.detail.gate_input_TD), dtype=np.float64)
-            out.append(forecast(event.step, layer, self._votes(scores_TE), layer - event.layer, self.source))
-        return out
+        layers = range(event.layer + 1, min(event.layer + self.ahead + 1, len(self.gates)))
+        votes = [self._votes(np.asarray(s_TE, dtype=np.float64)) for s_TE in self._scores(layers, event)]
+        horizons = [layer - event.layer for layer in layers]
+        return ranked([event.step] * len(layers), layers, votes, horizons, self.source)
+
+    def _scores(self, layers: Sequence[int], event: RoutingEvent) -> Sequence[Any]:
+        """Return the scores ``[T, E]`` of some layers for the event's gate input."""
+        assert event.detail is not None
+        x_TD = event.detail.gate_input_TD
+        if len(layers) > 1 and self._several is not None:
+            return self._several(layers, x_TD)
+        return [self.gates[layer](x_TD) for layer in layers]
 
     def _votes(self, scores_TE: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the mean score of each expert over the tokens."""
         if self.top_k is not None and self.top_k < scores_TE.shape[1]:
             kth_T1 = -np.partition(-scores_TE, self.top_k - 1, axis=1)[:, self.top_k - 1 : self.top_k]
             scores_TE = np.where(scores_TE >= kth_T1, scores_TE, 0.0)
+        if len(scores_TE) == 1:
+            only_E: NDArray[np.float64] = scores_TE[0]
+            return only_E
         mean_E: NDArray[np.float64] = scores_TE.mean(axis=0)
         return mean_E
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from gangline.core.events import RoutingEvent
 from gangline.core.forecast import Forecast
 from gangline.policies.predictors.protocol import Predictor
-from gangline.policies.predictors.ranking import forecast
+from gangline.policies.predictors.ranking import ranked
 
 
 class TraceMatching(Predictor):
@@ -36,6 +36,8 @@ class TraceMatching(Predictor):
         self.experts, self.capacity, self.neighbours = list(experts), capacity, neighbours
         self.collection: list[NDArray[np.float64]] = []
         self._present = self._empty()
+        self._stored = (self._empty()[None][:0], np.empty(0))
+        self._held: list[NDArray[np.float64]] = []
 
     def after_gate(self, event: RoutingEvent) -> list[Forecast]:
         """Count the event and forecast every other layer; nothing while the collection is empty."""
@@ -43,17 +45,17 @@ class TraceMatching(Predictor):
         if not self.collection:
             return []
         share_LE = self.predicted()
-        layers, out = len(self.experts), []
-        for horizon in range(1, layers + 1):
-            passes, layer = divmod(event.layer + horizon, layers)
-            row = share_LE[layer, : self.experts[layer]]
-            out.append(forecast(event.step + passes, layer, row, horizon, "trace-matching"))
-        return out
+        horizons = range(1, len(self.experts) + 1)
+        passes, layers = zip(
+            *(divmod(event.layer + ahead, len(self.experts)) for ahead in horizons), strict=True
+        )
+        rows = [share_LE[layer, : self.experts[layer]] for layer in layers]
+        return ranked([event.step + later for later in passes], layers, rows, horizons, "trace-matching")
 
     def predicted(self) -> NDArray[np.float64]:
         """Return pEAM ``[L, E]`` for the present request; rows sum to 1, or 0 where no match used a layer."""
-        stored_NLE = np.stack(self.collection)
-        similarity_N = _cosine(stored_NLE, _normalised(self._present))
+        stored_NLE, norm_N = self._stacked()
+        similarity_N = _cosine(stored_NLE, norm_N, _normalised(self._present))
         chosen = min(self.neighbours, len(self.collection))
         threshold = np.sort(similarity_N)[-chosen] - 1e-12
         return _normalised(stored_NLE[similarity_N >= threshold].sum(axis=0))
@@ -67,8 +69,17 @@ class TraceMatching(Predictor):
         if len(self.collection) < self.capacity:
             self.collection.append(eam_LE)
         else:
-            nearest = int(np.argmax(_cosine(np.stack(self.collection), eam_LE)))
+            nearest = int(np.argmax(_cosine(*self._stacked(), eam_LE)))
             self.collection[nearest] = eam_LE
+
+    def _stacked(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the collection in one array ``[N, L, E]``, and the norm of each entry."""
+        known = len(self._held) == len(self.collection)
+        if not known or any(a is not b for a, b in zip(self._held, self.collection, strict=True)):
+            stored_NLE = np.stack(self.collection)
+            self._stored = stored_NLE, np.linalg.norm(stored_NLE.reshape(len(stored_NLE), -1), axis=1)
+            self._held = list(self.collection)
+        return self._stored
 
     def _empty(self) -> NDArray[np.float64]:
         return np.zeros((len(self.experts), max(self.experts)))
@@ -80,8 +91,10 @@ def _normalised(eam_LE: NDArray[np.float64]) -> NDArray[np.float64]:
     return out_LE
 
 
-def _cosine(stored_NLE: NDArray[np.float64], eam_LE: NDArray[np.float64]) -> NDArray[np.float64]:
+def _cosine(
+    stored_NLE: NDArray[np.float64], stored_norm_N: NDArray[np.float64], eam_LE: NDArray[np.float64]
+) -> NDArray[np.float64]:
     flat_NX, x = stored_NLE.reshape(len(stored_NLE), -1), eam_LE.ravel()
-    norm_N = np.linalg.norm(flat_NX, axis=1) * np.linalg.norm(x)
+    norm_N = stored_norm_N * np.linalg.norm(x)
     out_N: NDArray[np.float64] = np.divide(flat_NX @ x, norm_N, out=np.zeros(len(norm_N)), where=norm_N > 0)
     return out_N

@@ -24,18 +24,31 @@ class ByGain(Prefetcher):
 
     def __init__(self, cost: CostTable, top_k: int) -> None:
         self.cost, self.top_k = cost, top_k
+        self._known: dict[tuple[int, int], float] = {}
 
     def plan(self, forecasts: Sequence[Forecast], holds: Holds, budget: int | None = None) -> list[Fetch]:
         """Return the missing experts that save time, most first; ties go to nearer layers."""
         gains: list[tuple[float, int, ExpertKey]] = []
         for f in forecasts:
-            tokens = dict.fromkeys(f.experts[: self.top_k], 1)
-            resident = {expert for expert in tokens if holds(ExpertKey(f.layer, expert))}
-            without = two_ended(tokens, resident, self.cost).seconds
-            chance = dict(zip(f.experts, f.probabilities, strict=True))
-            for expert in set(tokens).difference(resident):
-                saved = without - two_ended(tokens, resident | {expert}, self.cost).seconds
-                if saved > 0:
-                    gains.append((saved * chance[expert], f.horizon, ExpertKey(f.layer, expert)))
+            candidates = [ExpertKey(f.layer, expert) for expert in f.experts[: self.top_k]]
+            there = [holds(key) for key in candidates]
+            experts, resident = len(there), sum(there)
+            if resident == experts:
+                continue
+            saved = self._seconds(experts, resident) - self._seconds(experts, resident + 1)
+            if saved > 0:
+                missing = zip(candidates, f.probabilities, there, strict=False)
+                gains += [(saved * chance, f.horizon, key) for key, chance, has in missing if not has]
         gains.sort(key=lambda gain: (-gain[0], gain[1], gain[2]))
         return [Fetch(key, gain) for gain, _, key in gains[:budget]]
+
+    def _seconds(self, experts: int, resident: int) -> float:
+        """Return the time of a layer in which one token each goes to ``experts``, the first of them resident.
+
+        Which ones these are makes no difference, so there are few such layers to time.
+        """
+        if (experts, resident) not in self._known:
+            tokens = dict.fromkeys(range(experts), 1)
+            plan = two_ended(tokens, set(range(resident)), self.cost)
+            self._known[experts, resident] = plan.seconds
+        return self._known[experts, resident]
