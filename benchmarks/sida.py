@@ -40,6 +40,7 @@ from gangline.core.sizes import format_size
 from gangline.evaluation.predictor_data import recorded, routed_texts
 from gangline.evaluation.predictor_hits import measure_hits, network_scorer
 from gangline.evaluation.predictor_training import Trained, TrainingSettings, train_predictor
+from gangline.policies.predictors.saved import load_predictor, save_predictor
 from gangline.runtime.hash_pipeline import HashPipeline
 from gangline.runtime.hash_routing import PAPER_DAMPING, HashRouting
 from gangline.traces.texts import Item
@@ -137,6 +138,23 @@ def pipelined(model: Any, network: Any, batches: list[Tensor], mode: Any) -> Tim
     return Timed(seconds, model.gangline.stats().bytes_read - before, sum(ids.numel() for ids in batches))
 
 
+def learnt_shape(
+    model: Any, experts: int, arguments: argparse.Namespace, folder: Path
+) -> tuple[Any, int, float]:
+    """Return a hash function of the model's routers, how many layers it predicts, and its held-out hits.
+
+    It is kept beside the checkpoints, so that another run only times.
+    """
+    name = f"switch-base-{experts}"
+    file = folder / f"{name}-{arguments.layers}-{arguments.tokens}-{arguments.epochs}.safetensors"
+    if not file.exists():
+        vocabulary = model.config.vocab_size
+        trained, hits = learn_shape(model, name, vocabulary, arguments.tokens, arguments.epochs)
+        save_predictor(file, trained.kind, trained.network, trained.config, {"hits": hits})
+    saved = load_predictor(file)
+    return saved.network, len(saved.config["experts"]), saved.about["hits"]
+
+
 def learn_shape(model: Any, name: str, vocabulary: int, tokens: int, epochs: int) -> tuple[Trained, float]:
     """Train a hash function on the model's routers; returns it and its held-out top-3 hits."""
     texts = sentences(128, tokens // 128, vocabulary, seed=1)
@@ -155,18 +173,15 @@ def shape_rows(experts: int, arguments: argparse.Namespace, folder: Path) -> lis
     checkpoint = switch_folder(experts, arguments.layers, folder)
     with loaded(checkpoint) as model:
         vocabulary = model.config.vocab_size
-        trained, hits = learn_shape(
-            model, f"switch-base-{experts}", vocabulary, arguments.tokens, arguments.epochs
-        )
+        network, encoder, hits = learnt_shape(model, experts, arguments, folder)
         sets = {
             task: sentences(length, arguments.batches, vocabulary, seed=2)
             for task, (length, _) in TASKS.items()
         }
         rounds = range(arguments.rounds)
         resident = {task: [one_after_another(model, sets[task]) for _ in rounds] for task in sets}
-        encoder = len(trained.config["experts"])
         expert_bytes = model.gangline.catalog.layouts[0].nbytes
-        needed = {task: needed_share(model, trained.network, sets[task], experts) for task in sets}
+        needed = {task: needed_share(model, network, sets[task], experts) for task in sets}
         total = experts * encoder
     slots = max(8, int(arguments.share * experts * encoder))
     found: dict[str, dict[str, list[Timed]]] = {}
@@ -179,7 +194,7 @@ def shape_rows(experts: int, arguments: argparse.Namespace, folder: Path) -> lis
                 task: [
                     one_after_another(model, batches)
                     if mode is None
-                    else pipelined(model, trained.network, batches, mode)
+                    else pipelined(model, network, batches, mode)
                     for _ in rounds
                 ]
                 for task, batches in sets.items()
@@ -336,7 +351,9 @@ def main() -> None:
     parser.add_argument("--held-out-tokens", type=int, default=6_000)
     parser.add_argument("--demo-epochs", type=int, default=10)
     parser.add_argument(
-        "--work", type=Path, help="keep the random checkpoints here (default: a temporary folder)"
+        "--work",
+        type=Path,
+        help="keep random checkpoints and hash functions here (default: a temporary folder)",
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
