@@ -10,6 +10,7 @@ void bind_experts(nanobind::module_& m);
 void bind_encode(nanobind::module_& m);
 void bind_retile(nanobind::module_& m);
 void bind_checksum(nanobind::module_& m);
+void bind_reads(nanobind::module_& m);
 void bind_decoder(nanobind::module_& m);
 
 }  // namespace gangline

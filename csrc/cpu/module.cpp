@@ -21,5 +21,6 @@ NB_MODULE(_native, m) {
     gangline::bind_encode(m);
     gangline::bind_retile(m);
     gangline::bind_checksum(m);
+    gangline::bind_reads(m);
     gangline::bind_decoder(m);
 }

@@ -18,6 +18,7 @@ from gangline.evaluation.simulation import SimulationSettings, simulate_trace
 from gangline.policies.compositions import COMPOSITIONS
 from gangline.policies.parts import LEARNED
 from gangline.policies.predictors.saved import load_predictor
+from gangline.runtime import readers
 from gangline.runtime.files import ExpertFiles
 from gangline.runtime.lease import EventLease
 from gangline.traces import Trace
@@ -60,6 +61,7 @@ def uneven_disk(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
         read(self, *values)
 
     monkeypatch.setattr(ExpertFiles, "read", slow)
+    monkeypatch.setattr(readers, "native", lambda: None)  # whose reads do not go through here
 
 
 def unrounded(model: Any, trace: Trace, pieces: Sequence[Piece]) -> Trace:

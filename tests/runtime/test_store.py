@@ -9,7 +9,14 @@ from gangline.core.errors import CheckpointError, PackError, StoreError
 from gangline.core.events import RoutingEvent
 from gangline.core.keys import ExpertKey
 from gangline.core.tiers import Priority, Tier
+from gangline.runtime import readers
 from runtime.store_rig import FIELD_BYTES, make_catalog, make_store
+
+
+@pytest.fixture
+def python_reads(monkeypatch):
+    """Reads that a test can hold up: the native core's go past Python."""
+    monkeypatch.setattr(readers, "native", lambda: None)
 
 
 def event(step, layer, ids, phase="decode"):
@@ -54,7 +61,7 @@ def test_capacity_for_everything_reads_each_expert_once(tmp_path):
     store.close()
 
 
-def test_demand_overtakes_prefetch(tmp_path):
+def test_demand_overtakes_prefetch(tmp_path, python_reads):
     """A demand read is served before prefetches that were queued earlier."""
     catalog = make_catalog(tmp_path, 1, 6)
     store = make_store(catalog, slots=6, top_k=2, threads=1)
@@ -126,7 +133,7 @@ def held_reads(store):
     return gate
 
 
-def test_what_is_on_its_way_may_be_a_victim(tmp_path):
+def test_what_is_on_its_way_may_be_a_victim(tmp_path, python_reads):
     """Residency follows the policy alone: a read that began goes on, one that did not never happens."""
     catalog = make_catalog(tmp_path, 1, 6)
     store = make_store(catalog, slots=2, top_k=1, threads=1)
@@ -145,7 +152,7 @@ def test_what_is_on_its_way_may_be_a_victim(tmp_path):
     store.close()
 
 
-def test_an_event_gets_the_slot_of_a_read_that_cannot_be_stopped(tmp_path):
+def test_an_event_gets_the_slot_of_a_read_that_cannot_be_stopped(tmp_path, python_reads):
     store = make_store(make_catalog(tmp_path, 1, 6), slots=1, top_k=1, threads=1)
     gate, began, read = threading.Event(), threading.Event(), store._files.read
 
@@ -166,7 +173,7 @@ def test_an_event_gets_the_slot_of_a_read_that_cannot_be_stopped(tmp_path):
     store.close()
 
 
-def test_postponed_reads_come_last(tmp_path):
+def test_postponed_reads_come_last(tmp_path, python_reads):
     store = make_store(make_catalog(tmp_path, 1, 6), slots=6, top_k=2, threads=1)
     gate, order, read = threading.Event(), [], store._files.read
     began = threading.Event()

@@ -14,6 +14,8 @@ ALIGN = 4096
 # Buffered reads need no alignment, but a product may round differently where the address of a matrix modulo
 # 16 differs (seen with one fp32 row): both ways of reading keep the offset modulo a cache line.
 _LINE = 64
+ENDED = -1
+"""Stands for a file that ends too early, where else an errno does."""
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -68,15 +70,23 @@ class ExpertFiles:
             try:
                 count = os.preadv(self._fds[file], [view[done:]], offset + done)
             except OSError as error:
-                raise CheckpointError(
-                    f"cannot read {self._paths[file]}: {error.strerror}; check the disk"
-                ) from error
+                raise self.failure(file, error.errno or errno.EIO, offset + done, wanted - done) from error
             if count == 0:
-                raise CheckpointError(
-                    f"{self._paths[file]} ends at byte {offset + done}, {wanted - done} bytes short; "
-                    "download or convert it again"
-                )
+                raise self.failure(file, ENDED, offset + done, wanted - done)
             done += count
+
+    def descriptors(self) -> tuple[list[int], list[int]]:
+        """Return the open files, and the same through the page cache where that is asked first."""
+        return list(self._fds), list(self._warm)
+
+    def failure(self, file: int, code: int, offset: int, missing: int) -> CheckpointError:
+        """Return what to raise where bytes at ``offset`` cannot be read; ``code``: errno, or ``ENDED``."""
+        if code == ENDED:
+            return CheckpointError(
+                f"{self._paths[file]} ends at byte {offset}, {missing} bytes short; "
+                "download or convert it again"
+            )
+        return CheckpointError(f"cannot read {self._paths[file]}: {os.strerror(code)}; check the disk")
 
     def _read_warm(self, file: int, offset: int, view: memoryview, wanted: int) -> int:
         """Return how many bytes the page cache gave without waiting: all, or a multiple of ``align``."""

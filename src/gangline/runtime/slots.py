@@ -65,6 +65,7 @@ class SlotPool:
             ) from error
         self.view = memoryview(self._map)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self.address = self._bytes.data_ptr()
 
     def raw(self, slot: Slot, fields: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
         """Return the fields of a slot as uint8 tensors over its bytes."""

@@ -285,7 +285,8 @@ class ExpertStore:
         self._table[key] = slot
         pool.policy.admitted(key)
         view = pool.view[slot.offset : slot.offset + pool.slot_bytes]
-        ticket = Ticket(plan, view, priority, lambda done: self._finish(key, slot, done))
+        address = pool.address + slot.offset
+        ticket = Ticket(plan, view, address, priority, lambda done: self._finish(key, slot, done))
         self._tickets[key] = ticket
         nbytes = sum(nbytes for _, nbytes in plan.fields)
         self.stats.bytes_read[priority.name.lower()] += nbytes
