@@ -4,7 +4,8 @@
 
 A recipe is a method and what follows it: sparsegpt, sparsegpt+reconstruct=2, alps+distill=65536.
 The peer of every row is the unpruned demo in the same run, so a ratio below 1 is a loss. Needs apt-get for
-the texts that scripts/demo_text.py names: those of training calibrate, those held out judge.
+the texts that scripts/demo_text.py names: those of training calibrate, those held out judge. Learning
+(distill=) that was interrupted goes on where it was, from the folder --work.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import sys
 import tempfile
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import cast
 
@@ -29,6 +31,8 @@ import demo_text
 
 PEER = "unpruned demo"
 NAME = "sparsify_quality"
+TEXT_TOKENS = 750_000
+"""Of these the calibration tokens and those that are learned from are taken, evenly spread."""
 RECIPES = (*METHODS, "sparsegpt+damping=0.1+reconstruct=2")
 
 
@@ -105,6 +109,12 @@ def store(kept: list[Row], rows: list[Row], command: str) -> None:
     print(write_result(NAME, [*others, *rows], command))
 
 
+def tell(what: str, done: int, total: int) -> None:
+    """Say now and then how far it is."""
+    if done % 5 == 0:
+        print(f"{datetime.now():%H:%M:%S} {what} {done}/{total}", file=sys.stderr, flush=True)
+
+
 def main() -> None:
     """Measure, print, and with --json store."""
     parser = argparse.ArgumentParser(
@@ -121,9 +131,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="store benchmarks/results/sparsify_quality.json")
     args = parser.parse_args()
     torch.manual_seed(0)
-    longest = max(settings_of(recipe, "2:4", "bf16", False).distill_tokens for recipe in args.recipes)
-    texts_tokens = max(args.tokens, longest) * 5 // 4
-    calibration = mixed_text(list(demo_text.TRAIN_PACKAGES), texts_tokens, args.work)
+    calibration = mixed_text(list(demo_text.TRAIN_PACKAGES), TEXT_TOKENS, args.work)
     judged = mixed_text(list(demo_text.HELD_OUT_PACKAGES), args.held_out_tokens, args.work)
     texts = SparsifyTexts(calibration, judged, args.tokens, args.held_out_tokens)
     rows: list[Row] = []
@@ -132,9 +140,15 @@ def main() -> None:
         for recipe in args.recipes:
             for values in args.values:
                 settings = settings_of(recipe, pattern, values, args.permute)
+                halfway = args.work / f"{pattern} {recipe} {values} {args.tokens}".replace(":", "-")
                 with tempfile.TemporaryDirectory() as folder:
                     report = sparsify_checkpoint(
-                        ensure_demo(), Path(folder) / "sparse", texts=texts, settings=settings
+                        ensure_demo(),
+                        Path(folder) / "sparse",
+                        texts=texts,
+                        settings=settings,
+                        progress=tell,
+                        resume=halfway if settings.distill_tokens else None,
                     )
                 rows += rows_of(report, recipe)
                 print(json.dumps([asdict(row) for row in rows[-3:]], indent=1), flush=True)

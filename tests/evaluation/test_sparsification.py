@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 import gangline
 from gangline.checkpoint.locate import LocalCheckpoint
 from gangline.checkpoint.safetensors_index import SafetensorsIndex
-from gangline.compress.sparsify import LayerWalk, SparsifySettings, sparsify_layers
+from gangline.compress.sparsify import LayerWalk, SparsifySettings, distill, sparsify_layers
 from gangline.core.errors import CheckpointError, UnsupportedModelError, UsageError
 from gangline.evaluation.check import CheckSettings, check_model
-from gangline.evaluation.sparsification import SparsifyTexts, sparsify_checkpoint
+from gangline.evaluation.sparsification import SparsifyReport, SparsifyTexts, sparsify_checkpoint
 from gangline.formats import get_codec
 from gangline.runtime.opened import open_model
 from near_ties import agree_unless_tied, is_tied, share_off
@@ -222,7 +222,7 @@ def test_reconstruction_brings_every_layer_nearer(family: str, tiny, tmp_path: P
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen2_moe"])
-def test_distilling_changes_kept_expert_weights_only(family: str, tiny, tmp_path: Path) -> None:
+def test_distilling_leaves_zeros_embeddings_and_routers(family: str, tiny, tmp_path: Path) -> None:
     source, changed = tiny(family), []
     steps: list[tuple[int, int]] = []
 
@@ -241,15 +241,70 @@ def test_distilling_changes_kept_expert_weights_only(family: str, tiny, tmp_path
     assert report.distilled.tokens == 4096
     assert steps == [(1, 2), (2, 2)]
     pruned, learned = (SafetensorsIndex.from_folder(tmp_path / f"dense{tokens}") for tokens in (0, 4096))
+    ours = SafetensorsIndex.from_folder(tmp_path / "packed4096")
     for name in pruned.tensors:
         before, after = pruned.read(name), learned.read(name)
+        if name in ours.tensors:
+            assert torch.equal(after, ours.read(name))
         if not torch.equal(before, after):
             changed.append(name)
-            assert not ((before == 0) & (after != 0)).any()
-    assert changed
-    assert all("expert" in name for name in changed)
+            assert "expert" not in name or not ((before == 0) & (after != 0)).any()
+    assert any("expert" in name for name in changed)
+    assert any("self_attn" in name for name in changed)
+    assert not any(word in name for name in changed for word in ("embed", "lm_head", "router", ".gate."))
     document = json.loads((tmp_path / "packed4096" / "sparsify.json").read_text())
     assert len(document["distilled"]["losses"]) == 2
+
+
+def test_interrupted_learning_goes_on(tiny, tmp_path: Path, monkeypatch) -> None:
+    """After the first step of three; the result is that of a run that nobody interrupted."""
+    monkeypatch.setattr(distill, "KEEP_SECONDS", -1)
+    monkeypatch.setattr(distill, "BATCH_TOKENS", 64)
+    source, halfway = tiny("mixtral"), tmp_path / "halfway"
+    settings = SparsifySettings(method="magnitude", reconstruct=1, min_tokens=8, distill_tokens=192)
+    stages: list[str] = []
+
+    def run(folder: Path, resume: Path | None, stop: int = 0) -> SparsifyReport:
+        def progress(what: str, done: int, total: int) -> None:
+            stages.append(what)
+            if what.startswith("distilling") and done == stop:
+                raise KeyboardInterrupt
+
+        return sparsify_checkpoint(
+            source,
+            None,
+            dense=folder,
+            texts=TEXTS,
+            settings=settings,
+            measure=False,
+            progress=progress,
+            resume=resume,
+        )
+
+    expected = run(tmp_path / "whole", None)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", halfway, stop=1)
+    stages.clear()
+    found = run(tmp_path / "parts", halfway)
+    assert "pruning experts" not in stages
+    assert sum(stage.startswith("distilling") for stage in stages) == 2
+    assert found.layers == expected.layers
+    assert found.distilled == expected.distilled
+    one, other = (SafetensorsIndex.from_folder(tmp_path / name) for name in ("whole", "parts"))
+    for name in one.tensors:
+        assert torch.equal(one.read(name), other.read(name)), name
+    with pytest.raises(UsageError, match="of another model, other settings or other text"):
+        sparsify_checkpoint(
+            source,
+            None,
+            dense=tmp_path / "other",
+            texts=TEXTS,
+            settings=SparsifySettings(method="magnitude", distill_tokens=192),
+            resume=halfway,
+        )
+    (halfway / "pruned.safetensors").write_bytes(b"what is this")
+    with pytest.raises(CheckpointError, match="remove it"):
+        run(tmp_path / "broken", halfway)
 
 
 def test_an_interrupted_run_leaves_nothing(tiny, tmp_path: Path) -> None:

@@ -75,6 +75,14 @@ DistillTokensOption = Annotated[
         min=0,
     ),
 ]
+ResumeOption = Annotated[
+    Path | None,
+    option(
+        "--resume",
+        metavar="DIR",
+        help="With --distill-tokens: note there every ten minutes how far it is; if begun there, go on.",
+    ),
+]
 NoMeasureOption = Annotated[bool, option("--no-measure", help="Do not measure perplexity before and after.")]
 
 
@@ -95,6 +103,7 @@ def sparsify(
     permute: PermuteOption = False,
     reconstruct: ReconstructOption = 0,
     distill_tokens: DistillTokensOption = 0,
+    resume: ResumeOption = None,
     no_measure: NoMeasureOption = False,
     revision: Annotated[
         str | None, option("--revision", help="Branch, tag or commit of a hub model.")
@@ -130,6 +139,7 @@ def sparsify(
             measure=not no_measure,
             revision=revision,
             progress=progress,
+            resume=resume,
         )
     out.data(report.to_dict())
     if not out.json:

@@ -5,7 +5,7 @@ Shapes: S texts, C tokens of a text.
 
 import gc
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,12 +25,14 @@ from gangline.compress.sparsify import (
     PrunedMatrix,
     Sink,
     SparsifySettings,
-    distill_experts,
+    distill_student,
+    make_student,
+    make_teacher,
     product_dtype,
     sparsify_layers,
-    two_banks,
     walk_texts,
 )
+from gangline.compress.sparsify.halfway import Halfway, key_of
 from gangline.compress.sparsify.writers import Origin
 from gangline.core.errors import UnsupportedModelError, UsageError
 from gangline.core.keys import ExpertKey
@@ -134,6 +136,7 @@ def sparsify_checkpoint(
     measure: bool = True,
     revision: str | None = None,
     progress: Progress | None = None,
+    resume: Path | None = None,
 ) -> SparsifyReport:
     """Prune the experts of a model under the pattern and write the result: complete folders, or nothing.
 
@@ -149,15 +152,19 @@ def sparsify_checkpoint(
         measure: whether to measure perplexity before and after.
         revision: branch, tag or commit on the Hub.
         progress: called as the work goes on.
+        resume: folder for what learning (``settings.distill_tokens``) has done so far. If the same was begun
+            there before, it goes on from there.
 
     Raises:
-        UsageError: nothing to write, or the text is too short.
+        UsageError: nothing to write, the text is too short, or ``resume`` holds something else.
         UnsupportedModelError, CheckpointError, FormatError: the model cannot be sparsified.
     """
     settings = settings or SparsifySettings()
     say = progress or (lambda what, done, total: None)
     if packed is None and dense is None:
         raise UsageError("nothing to write: name a folder for the packed checkpoint or for the dense one")
+    if resume is not None and not settings.distill_tokens:
+        raise UsageError("only learning can be resumed: give distill_tokens too, or leave resume out")
     checkpoint = find_checkpoint(model, revision)
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer is None:
@@ -178,7 +185,7 @@ def sparsify_checkpoint(
     targets = {kind: path for kind, path in (("packed", packed), ("dense", dense)) if path is not None}
     with ExitStack() as stack:
         folders = {kind: stack.enter_context(complete_folder(path)) for kind, path in targets.items()}
-        layers, learned = _write(opened, origin, ids_SC, distill_SC, settings, folders, say)
+        layers, learned = _write(opened, origin, ids_SC, distill_SC, settings, folders, say, resume)
         report = SparsifyReport(
             model=str(model),
             settings=settings,
@@ -248,35 +255,67 @@ def _write(
     settings: SparsifySettings,
     folders: dict[str, Path],
     say: Progress,
+    resume: Path | None,
 ) -> tuple[tuple[LayerReport, ...], DistillReport | None]:
-    writers: list[PackedWriter | DenseWriter] = []
-    say("copying what stays", 0, 0)
-    if "packed" in folders:
-        writers.append(PackedWriter(origin, folders["packed"], settings.codec.name))
-    if "dense" in folders:
-        writers.append(DenseWriter(origin, folders["dense"]))
-    learned = None
     if distill_SC is None:
+        writers = _writers(origin, settings, folders, {}, say)
 
         def write(key: ExpertKey, matrices: Sequence[PrunedMatrix]) -> None:
             for writer in writers:
                 writer.add(key, matrices)
 
-        layers = _prune(opened, ids_SC, settings, write, say)
+        layers, learned = _prune(opened, ids_SC, settings, write, say), None
     else:
-        students: dict[ExpertKey, PackedExpert] = {}
-
-        def keep(key: ExpertKey, matrices: Sequence[PrunedMatrix]) -> None:
-            students[key] = PackedExpert(matrices, settings.codec)
-
-        layers = _prune(opened, ids_SC, settings, keep, say)
-        learned = _distil(opened, students, distill_SC, settings, say)
-        for key, student in students.items():
+        halfway = None if resume is None else Halfway(resume)
+        key = key_of(opened.identity, replace(settings, distill_tokens=0), ids_SC)
+        students, layers = _pruned_students(opened, ids_SC, settings, say, halfway, key)
+        learned, changed = _distil(opened, origin, students, distill_SC, settings, say, halfway, key)
+        writers = _writers(origin, settings, folders, changed, say)
+        for at, student in students.items():
             for writer in writers:
-                writer.add(key, student.matrices())
+                writer.add(at, student.matrices())
     for writer in writers:
         writer.finish()
     return layers, learned
+
+
+def _pruned_students(
+    opened: OpenedModel,
+    ids_SC: Tensor,
+    settings: SparsifySettings,
+    say: Progress,
+    halfway: Halfway | None,
+    key: str,
+) -> tuple[dict[ExpertKey, PackedExpert], tuple[LayerReport, ...]]:
+    """The pruned experts that are to learn, and how they were pruned."""
+    found = None if halfway is None else halfway.pruned(key, settings.codec)
+    if found is not None:
+        return found
+    students: dict[ExpertKey, PackedExpert] = {}
+
+    def keep(at: ExpertKey, matrices: Sequence[PrunedMatrix]) -> None:
+        students[at] = PackedExpert(matrices, settings.codec)
+
+    layers = _prune(opened, ids_SC, settings, keep, say)
+    if halfway is not None:
+        halfway.keep_pruned(key, students, layers)
+    return students, layers
+
+
+def _writers(
+    origin: Origin,
+    settings: SparsifySettings,
+    folders: dict[str, Path],
+    changed: Mapping[str, Tensor],
+    say: Progress,
+) -> list[PackedWriter | DenseWriter]:
+    writers: list[PackedWriter | DenseWriter] = []
+    say("copying what stays", 0, 0)
+    if "packed" in folders:
+        writers.append(PackedWriter(origin, folders["packed"], settings.codec.name, changed))
+    if "dense" in folders:
+        writers.append(DenseWriter(origin, folders["dense"], changed))
+    return writers
 
 
 def _prune(
@@ -297,35 +336,43 @@ def _prune(
 
 def _distil(
     opened: OpenedModel,
+    origin: Origin,
     students: dict[ExpertKey, PackedExpert],
     ids_SC: Tensor,
     settings: SparsifySettings,
     say: Progress,
-) -> DistillReport:
-    """Let the pruned experts learn; they are changed in place."""
+    halfway: Halfway | None,
+    key: str,
+) -> tuple[DistillReport, dict[str, Tensor]]:
+    """Let the pruned model learn: its experts are changed in place, what else has changed is returned."""
     say("loading the teacher", 0, 0)
+    dtype = product_dtype()
+    teacher = make_teacher(*opened.load_dense(None), opened.source, dtype)
     model, view = opened.load_dense(None)
-    banks = [
-        two_banks(
-            block,
-            opened.source,
-            [students[ExpertKey(block.layer, e)] for e in range(opened.source.experts[block.layer])],
-        )
-        for block in view.blocks
-    ]
-    report = distill_experts(
-        model.eval(),
-        banks,
+    numbers = opened.source.experts
+    student = make_student(
+        model,
+        view,
+        opened.source,
+        lambda layer: [students[ExpertKey(layer, expert)] for expert in range(numbers[layer])],
+        dtype,
+        origin.takes,
+    )
+    report = distill_student(
+        teacher,
+        student,
         ids_SC,
         settings.distill_tokens,
-        dtype=product_dtype(),
+        dtype=dtype,
         on_step=lambda step, steps, loss: say(f"distilling, {loss:.3f} nats", step, steps),
+        halfway=halfway,
+        key=key,
     )
-    for layer, bank in enumerate(banks):
+    for layer, bank in enumerate(student.banks):
         for expert, weights in enumerate(bank.learned()):
             for number, weight_OI in enumerate(weights):
                 students[ExpertKey(layer, expert)].replace(number, weight_OI)
-    return report
+    return report, {name: parameter.detach() for name, parameter in student.dense.items()}
 
 
 def _sizes(opened: OpenedModel, settings: SparsifySettings) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gangline.compress.dense_to_moe.layer import LayerPlan, LowRank
 from gangline.compress.dense_to_moe.rounding import best_scale, rounded
-from gangline.compress.distillation import DistillConfig, learn, log_probabilities
+from gangline.compress.distillation import DistillConfig, Said, learn, say
 
 
 class RoundedFactor(nn.Module):
@@ -105,10 +105,10 @@ def distill(
     def learned() -> list[LayerPlan]:
         return [module.learned() for module in modules]
 
-    def speak(ids_BC: Tensor, teacher: bool) -> Tensor:
+    def speak(ids_BC: Tensor, teacher: bool) -> Said:
         for module in modules:
             module.teacher = teacher
-        return log_probabilities(model, ids_BC, learning=not teacher, dtype=dtype)
+        return say(model, ids_BC, learning=not teacher, dtype=dtype)
 
-    learn(factors, speak, batches, config, lambda step, loss: on_step(step, loss, learned))
+    learn(factors, speak, batches, config, lambda now: on_step(now.step - 1, now.losses[-1], learned))
     return learned()

@@ -1,6 +1,12 @@
 """Sparsify the experts of a MoE under the two-level pattern of Samoyeds, one layer after the other."""
 
-from gangline.compress.sparsify.distill import DistillReport, distill_experts, product_dtype, two_banks
+from gangline.compress.sparsify.distill import (
+    DistillReport,
+    distill_student,
+    make_student,
+    make_teacher,
+    product_dtype,
+)
 from gangline.compress.sparsify.expert import PackedExpert, PrunedMatrix
 from gangline.compress.sparsify.layers import Sink, sparsify_layers, walk_texts
 from gangline.compress.sparsify.report import ExpertReport, LayerReport, MatrixReport
@@ -22,9 +28,10 @@ __all__ = [
     "PrunedMatrix",
     "Sink",
     "SparsifySettings",
-    "distill_experts",
+    "distill_student",
+    "make_student",
+    "make_teacher",
     "product_dtype",
     "sparsify_layers",
-    "two_banks",
     "walk_texts",
 ]

@@ -1,32 +1,37 @@
-"""Let pruned experts learn from the experts before pruning, end to end, their zeros left where they are.
+"""Let a pruned model learn from the model before pruning, end to end, its zeros left where they are.
 
-Teacher and student are one model: the dense part, which neither changes nor is stored twice, computes with
-the experts before pruning or with the pruned ones. What learns is the weights that pruning has kept, all of
-them; ``compress/distillation.py`` has the loss and the steps.
+What learns: every weight that pruning has kept, and with it what is not pruned (attention, norms, shared
+experts): it sees every token, where an expert sees few. Embeddings, output head and routers stay, so that
+tokens go where they went. ``compress/distillation.py`` has the loss and the steps.
 
-In memory: all experts as stored, and for every weight that is kept its fp32 value, its gradient and the two
-moments of Adam; beside them, while a batch is computed, the student's experts in fp32.
+In memory: the teacher's experts as stored and its dense part; of the student for every weight that learns its
+fp32 value, its gradient and the two moments of Adam, and its experts, zeros included, in the dtype of the
+products.
 
-Shapes: S texts, B texts of a batch, C tokens of a text, T tokens, K experts of a token, D hidden, O and I
-outputs and inputs of a matrix.
+Shapes: S texts, B texts of a batch, C tokens of a text.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gangline.checkpoint.source import ExpertSource
-from gangline.compress.distillation import DistillConfig, learn, log_probabilities
+from gangline.compress.distillation import DistillConfig, Progress, Said, learn, say
+from gangline.compress.sparsify.banks import StudentBank, TeacherBank
 from gangline.compress.sparsify.expert import ExpertForm, PackedExpert, decode_expert
-from gangline.compress.sparsify.walk import Routing
+from gangline.compress.sparsify.halfway import Halfway, key_of
 from gangline.kernels.cpu.features import features_from_system
-from gangline.models import MoEBlock, expert_math, install
+from gangline.models import MoEBlock, MoEView, expert_math, install
 
 RATE = 0.003
+HIDDEN = 1.0
 BATCH_TOKENS = 2048
+KEEP_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -43,64 +48,84 @@ class DistillReport:
     losses: tuple[float, ...]
 
 
-class KeptWeights(nn.Module):
-    """A matrix of which only what pruning has kept is stored and learns."""
+@dataclass(frozen=True)
+class Student:
+    """A model that learns.
 
-    def __init__(self, weight_OI: Tensor) -> None:
-        super().__init__()
-        self.mask_OI = weight_OI != 0
-        self.values = nn.Parameter(weight_OI[self.mask_OI])
+    Attributes:
+        model: with its banks installed.
+        banks: of all its MoE layers.
+        dense: what else learns, by name.
+    """
 
-    def forward(self) -> Tensor:
-        """The matrix ``(out, in)`` in fp32."""
-        empty_OI = torch.zeros(self.mask_OI.shape)
-        return empty_OI.masked_scatter(self.mask_OI, self.values)
+    model: Any
+    banks: Sequence[StudentBank]
+    dense: dict[str, nn.Parameter]
 
-
-class TwoBanks(nn.Module):
-    """The experts of a layer, before pruning (teacher) and pruned (student); installed in the layer."""
-
-    def __init__(
-        self, form: ExpertForm, teachers: Sequence[Sequence[Tensor]], students: Sequence[PackedExpert]
-    ) -> None:
-        super().__init__()
-        self.teacher = False
-        self._form, self._teachers = form, teachers
-        self.students = nn.ModuleList(
-            nn.ModuleList(KeptWeights(weight) for weight in student.weights()) for student in students
-        )
-
-    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """What the chosen experts put out, weighted and summed."""
-        routing = Routing(x_TD, ids_TK, weights_TK)
-        out_TD = torch.zeros(x_TD.shape)
-        for expert in ids_TK.unique().tolist():
-            if expert < len(self._teachers):  # a higher number marks an empty slot
-                self._form.add_output(out_TD, routing, self._weights(expert, x_TD.dtype), expert)
-        return out_TD.to(x_TD.dtype)
-
-    def _weights(self, expert: int, dtype: torch.dtype) -> list[Tensor]:
-        if self.teacher:
-            return [weight.to(dtype) for weight in self._teachers[expert]]
-        matrices = self.students[expert]
-        assert isinstance(matrices, nn.ModuleList)
-        return [matrix().to(dtype) for matrix in matrices]
-
-    def learned(self) -> Iterator[list[Tensor]]:
-        """The student's matrices, expert by expert."""
-        for matrices in self.students:
-            assert isinstance(matrices, nn.ModuleList)
-            yield [matrix().detach() for matrix in matrices]
+    def parameters(self) -> list[nn.Parameter]:
+        """All that learns."""
+        kept = [parameter for bank in self.banks for parameter in bank.parameters()]
+        return [parameter for parameter in (*kept, *self.dense.values()) if parameter.numel()]
 
 
-def two_banks(block: MoEBlock, source: ExpertSource, students: Sequence[PackedExpert]) -> TwoBanks:
-    """Install the source's experts and the pruned ones in a layer."""
-    layout = source.layouts[block.layer]
-    teachers = [decode_expert(layout, raws, None) for _, raws in source.read_layer(block.layer)]
-    form = ExpertForm([spec.name for spec in layout.fields], expert_math(block))
-    banks = TwoBanks(form, teachers, students)
-    install(block, banks)
-    return banks
+def make_teacher(model: nn.Module, view: MoEView, source: ExpertSource, dtype: torch.dtype) -> nn.Module:
+    """Install the experts before pruning in a model loaded without them."""
+    model.eval().requires_grad_(False)
+    for block in view.blocks:
+        teachers = [
+            decode_expert(source.layouts[block.layer], raws, None)
+            for _, raws in source.read_layer(block.layer)
+        ]
+        install(block, TeacherBank(_form(block, source), teachers, dtype))
+    return model
+
+
+def make_student(
+    model: Any,
+    view: MoEView,
+    source: ExpertSource,
+    students: Callable[[int], Sequence[PackedExpert]],
+    dtype: torch.dtype,
+    may_learn: Callable[[str, Sequence[int]], bool],
+) -> Student:
+    """Install the pruned experts in a model loaded without them.
+
+    Args:
+        model: the model.
+        view: its MoE layers.
+        source: where its experts came from.
+        students: the pruned experts of a layer.
+        dtype: that matrices are multiplied in.
+        may_learn: tells of a parameter's name and shape whether the checkpoint can take other values for it.
+    """
+    model.eval().requires_grad_(False)
+    fixed = _fixed(model, view)
+    dense = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in fixed and may_learn(name, parameter.shape)
+    }
+    banks = []
+    for block in view.blocks:
+        bank = StudentBank(_form(block, source), students(block.layer), dtype)
+        install(block, bank)
+        banks.append(bank)
+    for parameter in (*dense.values(), *(p for bank in banks for p in bank.parameters())):
+        parameter.requires_grad_(True)
+    return Student(model, banks, dense)
+
+
+def _fixed(model: Any, view: MoEView) -> set[int]:
+    """The parameters that stay: of embeddings, output head and routers, and the biases of experts."""
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for block in view.blocks:
+        modules += [block.experts, block.router]
+    return {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
+
+
+def _form(block: MoEBlock, source: ExpertSource) -> ExpertForm:
+    names = [spec.name for spec in source.layouts[block.layer].fields]
+    return ExpertForm(names, expert_math(block))
 
 
 def product_dtype() -> torch.dtype:
@@ -110,43 +135,48 @@ def product_dtype() -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def distill_experts(
-    model: nn.Module,
-    banks: Sequence[TwoBanks],
+def distill_student(
+    teacher: nn.Module,
+    student: Student,
     ids_SC: Tensor,
     tokens: int,
     *,
     dtype: torch.dtype = torch.float32,
     on_step: Callable[[int, int, float], object] = lambda step, steps, loss: None,
+    halfway: Halfway | None = None,
+    key: str = "",
 ) -> DistillReport:
-    """Train the students of all layers.
+    """Train a student in place.
 
     Args:
-        model: the model with its banks installed.
-        banks: one for each of its MoE layers, from :func:`two_banks`.
+        teacher: from :func:`make_teacher`.
+        student: from :func:`make_student`.
         ids_SC: token ids of the text, pieces of equal length.
         tokens: how many to learn from; the text is repeated where it is shorter.
         dtype: what matrix products are computed in.
         on_step: called after each step with how many are done, how many there are, and the loss.
+        halfway: where to note every ten minutes how far it is, and where to go on from.
+        key: what the student was made from.
     """
-    model.requires_grad_(False)
-    for bank in banks:
-        bank.requires_grad_(True)
-    learning = [parameter for bank in banks for parameter in bank.parameters() if parameter.numel()]
     batches = list(_batches(ids_SC, tokens))
-    config = DistillConfig(len(batches), RATE, warmup=max(1, len(batches) // 10))
-    losses: list[float] = []
+    config = DistillConfig(len(batches), RATE, warmup=max(1, len(batches) // 10), hidden=HIDDEN)
+    key = key_of(key, ids_SC, tokens, config, BATCH_TOKENS)
+    parameters = student.parameters()
+    kept_at = time.monotonic()
 
-    def speak(ids_BC: Tensor, teacher: bool) -> Tensor:
-        for bank in banks:
-            bank.teacher = teacher
-        return log_probabilities(model, ids_BC, learning=not teacher, dtype=dtype)
+    def speak(ids_BC: Tensor, teaching: bool) -> Said:
+        speaker = teacher if teaching else student.model
+        return say(speaker, ids_BC, learning=not teaching, dtype=dtype, hidden=True)
 
-    def after(step: int, loss: float) -> None:
-        losses.append(loss)
-        on_step(step + 1, len(batches), loss)
+    def after(now: Progress) -> None:
+        nonlocal kept_at
+        if halfway is not None and time.monotonic() - kept_at > KEEP_SECONDS:
+            halfway.keep_learning(key, parameters, now)
+            kept_at = time.monotonic()
+        on_step(now.step, len(batches), now.losses[-1])
 
-    learn(learning, speak, batches, config, after)
+    begun = None if halfway is None else halfway.begun(key, parameters)
+    losses = learn(parameters, speak, batches, config, after, begun)
     return DistillReport(sum(batch.numel() for batch in batches), _means(losses, 10))
 
 

@@ -57,23 +57,30 @@ class PackedExpert:
 
     def __init__(self, matrices: Sequence[PrunedMatrix], codec: SparseCodec) -> None:
         self._codec = codec
-        self._raws = [matrix.raw for matrix in matrices]
-        self._shapes = [(matrix.weight_OI.shape[0], matrix.weight_OI.shape[1]) for matrix in matrices]
+        self.raws = [matrix.raw for matrix in matrices]
+        self.shapes = [(matrix.weight_OI.shape[0], matrix.weight_OI.shape[1]) for matrix in matrices]
+
+    @classmethod
+    def of(
+        cls, raws: Sequence[Tensor], shapes: Sequence[tuple[int, int]], codec: SparseCodec
+    ) -> "PackedExpert":
+        """An expert from its bytes and the shapes ``(out, in)`` of its matrices."""
+        expert = cls((), codec)
+        expert.raws, expert.shapes = list(raws), list(shapes)
+        return expert
 
     def weights(self) -> list[Tensor]:
         """What the bytes stand for, ``(out, in)`` in fp32, down last."""
         decode = self._codec.decode
-        return [
-            decode(raw, shape, torch.float32) for raw, shape in zip(self._raws, self._shapes, strict=True)
-        ]
+        return [decode(raw, shape, torch.float32) for raw, shape in zip(self.raws, self.shapes, strict=True)]
 
     def matrices(self) -> list[PrunedMatrix]:
         """The same with the bytes."""
-        return [PrunedMatrix(raw, weight) for raw, weight in zip(self._raws, self.weights(), strict=True)]
+        return [PrunedMatrix(raw, weight) for raw, weight in zip(self.raws, self.weights(), strict=True)]
 
     def replace(self, number: int, weight_OI: Tensor) -> None:
         """Put other weights (under the same mask) in the place of a matrix."""
-        self._raws[number] = self._codec.encode(weight_OI)
+        self.raws[number] = self._codec.encode(weight_OI)
 
 
 class ExpertForm:

@@ -6,12 +6,14 @@ Both write a complete folder or nothing; see ``complete_folder``.
 import json
 import shutil
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -69,6 +71,7 @@ class Origin:
             )
         return cls(folder, SafetensorsIndex.from_folder(folder), catalog, tuple(names))
 
+    @cached_property
     def expert_tensors(self) -> set[str]:
         """Names of the tensors that hold experts."""
         starts = sorted(
@@ -81,6 +84,18 @@ class Origin:
 
         return {entry.name for entry in self.index if holds(entry)}
 
+    def takes(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether a tensor of this name and shape, not an expert's, lies here in a plain float dtype."""
+        entry = self.index.tensors.get(name)
+        if entry is None or entry.shape != tuple(shape) or name in self.expert_tensors:
+            return False
+        return entry.dtype in ("BF16", "F16", "F32")
+
+    def tensor(self, name: str, changed: Mapping[str, Tensor]) -> Tensor:
+        """A tensor as it is to be written: what it has become, in the dtype that it is stored in."""
+        stored = self.index.read(name)
+        return changed[name].detach().to(stored.dtype).contiguous() if name in changed else stored
+
     def copy_rest(self, folder: Path) -> None:
         """Copy everything but weights: configuration, tokenizer, chat template, licence."""
         for path in sorted(self.folder.iterdir()):
@@ -89,9 +104,15 @@ class Origin:
 
 
 class DenseWriter:
-    """A copy of the checkpoint, byte for byte, with zeros and corrected weights in the experts' place."""
+    """A copy of the checkpoint, byte for byte, with zeros and corrected weights in the experts' place.
 
-    def __init__(self, origin: Origin, folder: Path) -> None:
+    Args:
+        origin: the checkpoint.
+        folder: where the copy goes.
+        changed: other tensors that are no longer what they were, by name.
+    """
+
+    def __init__(self, origin: Origin, folder: Path, changed: Mapping[str, Tensor] | None = None) -> None:
         self._catalog = origin.catalog
         origin.copy_rest(folder)
         if (origin.folder / INDEX_FILE).is_file():
@@ -102,6 +123,11 @@ class DenseWriter:
                 shutil.copyfile(path, folder / path.name)
                 self._streams.append(stack.enter_context((folder / path.name).open("r+b")))
             self._stack = stack.pop_all()
+        for name in changed or {}:
+            entry, tensor = origin.index.entry(name), origin.tensor(name, changed or {})
+            with (folder / origin.index.files[entry.file].name).open("r+b") as stream:
+                stream.seek(entry.offset)
+                stream.write(tensor.view(-1).view(torch.uint8).numpy().tobytes())
 
     def add(self, key: ExpertKey, matrices: Sequence[PrunedMatrix]) -> None:
         """Write one expert over the original."""
@@ -119,9 +145,18 @@ class DenseWriter:
 
 
 class PackedWriter:
-    """A checkpoint in our own format: packed experts, one file a layer; everything else as it was."""
+    """A checkpoint in our own format: packed experts, one file a layer; everything else as it was.
 
-    def __init__(self, origin: Origin, folder: Path, codec: str) -> None:
+    Args:
+        origin: the checkpoint that it is made from.
+        folder: where it goes.
+        codec: of the experts.
+        changed: other tensors that are no longer what they were, by name.
+    """
+
+    def __init__(
+        self, origin: Origin, folder: Path, codec: str, changed: Mapping[str, Tensor] | None = None
+    ) -> None:
         self._origin, self._folder, self._codec = origin, folder, codec
         self._names = origin.names
         self._pending: dict[str, Tensor] = {}
@@ -130,11 +165,11 @@ class PackedWriter:
         self._bytes = 0
         origin.copy_rest(folder)
         _set_entry(folder / "config.json")
-        experts = origin.expert_tensors()
+        experts = origin.expert_tensors
         for file in range(len(origin.index.files)):
             names = [entry.name for entry in origin.index if entry.file == file and entry.name not in experts]
             if names:
-                self._save({name: origin.index.read(name) for name in names})
+                self._save({name: origin.tensor(name, changed or {}) for name in names})
 
     def add(self, key: ExpertKey, matrices: Sequence[PrunedMatrix]) -> None:
         """Take one expert; experts come layer by layer."""
