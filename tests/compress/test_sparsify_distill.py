@@ -90,7 +90,7 @@ def test_what_learns_and_what_stays(tmp_path, seed) -> None:
     ids_SC = torch.randint(3, 90, (4, 24))
     teacher, student = pair(*pruned(tmp_path, ids_SC))
     before = {name: value.clone() for name, value in student.model.named_parameters()}
-    distill_student(teacher, student, ids_SC, 2048)
+    distill_student(teacher, student, ids_SC, 960)
     changed = {n for n, v in student.model.named_parameters() if not torch.equal(v, before[n])}
     assert changed <= set(student.dense)
     assert any("self_attn" in name for name in changed)

@@ -28,9 +28,10 @@ from gangline.compress.sparsify.halfway import Halfway, key_of
 from gangline.kernels.cpu.features import features_from_system
 from gangline.models import MoEBlock, MoEView, expert_math, install
 
-RATE = 0.003
+RATE = 0.005
 HIDDEN = 1.0
 BATCH_TOKENS = 2048
+MIN_STEPS = 64  # little text is learned from in smaller batches
 KEEP_SECONDS = 600
 
 
@@ -160,7 +161,7 @@ def distill_student(
     """
     batches = list(_batches(ids_SC, tokens))
     config = DistillConfig(len(batches), RATE, warmup=max(1, len(batches) // 10), hidden=HIDDEN)
-    key = key_of(key, ids_SC, tokens, config, BATCH_TOKENS)
+    key = key_of(key, ids_SC, tokens, config)
     parameters = student.parameters()
     kept_at = time.monotonic()
 
@@ -187,7 +188,8 @@ def _batches(ids_SC: Tensor, tokens: int) -> Iterator[Tensor]:
     rounds = -(-count // len(ids_SC))
     orders = [torch.randperm(len(ids_SC), generator=generator) for _ in range(rounds)]
     chosen = torch.cat(orders)[:count]
-    for part in chosen.split(max(1, BATCH_TOKENS // ids_SC.shape[1])):
+    batch_tokens = min(BATCH_TOKENS, tokens // MIN_STEPS)
+    for part in chosen.split(max(1, batch_tokens // ids_SC.shape[1])):
         yield ids_SC[part]
 
 
