@@ -173,6 +173,10 @@ def _step(
     del teacher, student
     adam.zero_grad()
     loss.backward()
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is None:  # an expert that no token was sent to: its momentum goes on
+                parameter.grad = torch.zeros_like(parameter)
     adam.step()
     return float(found.detach())
 
