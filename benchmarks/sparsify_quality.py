@@ -111,7 +111,7 @@ def store(kept: list[Row], rows: list[Row], command: str) -> None:
 
 def tell(what: str, done: int, total: int) -> None:
     """Say now and then how far it is."""
-    if done % 5 == 0:
+    if done % 5 == 0 or what.startswith("distilling"):
         print(f"{datetime.now():%H:%M:%S} {what} {done}/{total}", file=sys.stderr, flush=True)
 
 

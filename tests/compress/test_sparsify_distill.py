@@ -115,7 +115,7 @@ def test_learning_brings_the_student_nearer(dtype: torch.dtype, tmp_path, seed) 
     )
     assert seen == list(range(1, len(seen) + 1))
     assert len(report.losses) == 10
-    assert report.losses[-1] < 0.9 * report.losses[0]
+    assert report.losses[-1] < 0.9 * report.losses[0], report.losses
     learned = [expert for bank in student.banks for expert in bank.learned()]
     for expert, masks in zip(learned, zeros, strict=True):
         assert not any(matrix[mask].any() for matrix, mask in zip(expert, masks, strict=True))

@@ -28,10 +28,10 @@ from gangline.compress.sparsify.halfway import Halfway, key_of
 from gangline.kernels.cpu.features import features_from_system
 from gangline.models import MoEBlock, MoEView, expert_math, install
 
-RATE = 0.005
+RATE = 0.001
 HIDDEN = 1.0
 BATCH_TOKENS = 2048
-MIN_STEPS = 64  # little text is learned from in smaller batches
+MIN_STEPS = 32  # little text is learned from in smaller batches
 KEEP_SECONDS = 600
 
 
