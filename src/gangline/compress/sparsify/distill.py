@@ -28,7 +28,7 @@ from gangline.compress.sparsify.halfway import Halfway, key_of
 from gangline.kernels.cpu.features import features_from_system
 from gangline.models import MoEBlock, MoEView, expert_math, install
 
-RATE = 0.001
+RATE = 0.0002
 HIDDEN = 1.0
 BATCH_TOKENS = 2048
 MIN_STEPS = 32  # little text is learned from in smaller batches
