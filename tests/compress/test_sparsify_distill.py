@@ -10,6 +10,7 @@ from gangline.compress.sparsify import (
     LayerWalk,
     PackedExpert,
     SparsifySettings,
+    distill,
     distill_student,
     make_student,
     make_teacher,
@@ -99,7 +100,8 @@ def test_what_learns_and_what_stays(tmp_path, seed) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_learning_brings_the_student_nearer(dtype: torch.dtype, tmp_path, seed) -> None:
+def test_learning_brings_the_student_nearer(dtype: torch.dtype, tmp_path, seed, monkeypatch) -> None:
+    monkeypatch.setattr(distill, "RATE", 0.003)  # a tiny model bears larger steps
     save_tiny("mixtral", tmp_path, seed)
     ids_SC = torch.randint(3, 90, (4, 24))
     teacher, student = pair(*pruned(tmp_path, ids_SC), dtype)
@@ -115,7 +117,7 @@ def test_learning_brings_the_student_nearer(dtype: torch.dtype, tmp_path, seed) 
     )
     assert seen == list(range(1, len(seen) + 1))
     assert len(report.losses) == 10
-    assert report.losses[-1] < 0.9 * report.losses[0], report.losses
+    assert report.losses[-1] < 0.9 * report.losses[0]
     learned = [expert for bank in student.banks for expert in bank.learned()]
     for expert, masks in zip(learned, zeros, strict=True):
         assert not any(matrix[mask].any() for matrix, mask in zip(expert, masks, strict=True))

@@ -28,6 +28,8 @@ from gangline.compress.sparsify.halfway import Halfway, key_of
 from gangline.kernels.cpu.features import features_from_system
 from gangline.models import MoEBlock, MoEView, expert_math, install
 
+# Relative to the root mean square of a matrix. All layers step the same way at once, so that the model moves
+# by far more than each of them: at 0.001 the demo model (30 layers) diverges from its teacher.
 RATE = 0.0002
 HIDDEN = 1.0
 BATCH_TOKENS = 2048
