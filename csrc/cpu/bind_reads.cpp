@@ -40,7 +40,8 @@ std::optional<Done> work(ReadPool& pool) {
 
 void bind_reads(nb::module_& m) {
     nb::class_<ReadPool>(m, "ReadPool", "Reads that no interpreter has to start.")
-        .def(nb::init<std::vector<int>, std::vector<int>, std::size_t>(), nb::arg("descriptors"), nb::arg("warm"), nb::arg("align"))
+        .def(nb::init<std::vector<int>, std::vector<int>, std::size_t>(), nb::arg("descriptors"), nb::arg("warm"),
+             nb::arg("align"))
         .def("submit", &submit, nb::arg("ticket"), nb::arg("priority"), nb::arg("to"), nb::arg("chunks"),
              "Queue a read of chunks (file, offset, length, wanted, place) to the address `to` + place.")
         .def("change", &ReadPool::change, nb::arg("ticket"), nb::arg("priority"))

@@ -202,7 +202,7 @@ void ExpertsRun::prefetch_down(int task) const {
 }
 
 void ExpertsRun::gate_up_task(const Segment& segment, int task, float* room) {
-    const int blocks = blocks_of(segment), chunk = (task - segment.first_task) / blocks, block = (task - segment.first_task) % blocks;
+    const int blocks = blocks_of(segment), local = task - segment.first_task, chunk = local / blocks, block = local % blocks;
     const ExpertsLayer& layer = *call_.layer;
     const Expert& expert = *call_.experts[segment.expert];
     const bool split = expert.second.data != nullptr;

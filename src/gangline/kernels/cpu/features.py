@@ -5,6 +5,7 @@ from pathlib import Path
 
 # our name -> the kernel's name in the "flags" line
 _X86 = {
+    "pclmulqdq": "pclmulqdq",
     "sse4_1": "sse4_1",
     "sse4_2": "sse4_2",
     "avx": "avx",
