@@ -29,6 +29,7 @@ HEADLINES = {
     "quality_by_precision": r"debian",
     "demo_quality": r"^demo as shipped",
     "policies_live": r"english, rho 2, ((default|moe-infinity|hobbit-exact|hybrimoe)$|(lru|lfu|belady-b))",
+    "sida": r"switch-base-128.*(SST2|MultiRC) lengths, SiDA, execute",
     "sida_fidelity": r"",
     "samoyeds_cpu_layer": r"OLMoE.*decode",
     "sparsify_quality": r"8192 tokens",
