@@ -1,6 +1,6 @@
 #include "checksum.hpp"
 
-#include <cstring>
+#include <array>
 
 #include "cpu_features.hpp"
 
@@ -12,11 +12,7 @@ using Tables = std::array<std::array<std::uint32_t, 256>, 8>;
 
 constexpr Tables make_tables() {
     Tables tables{};
-    for (std::uint32_t b = 0; b < 256; ++b) {
-        std::uint32_t remainder = b;
-        for (int bit = 0; bit < 8; ++bit) remainder = (remainder >> 1) ^ ((remainder & 1U) != 0 ? 0xEDB88320U : 0U);
-        tables[0][b] = remainder;
-    }
+    for (std::uint32_t b = 0; b < 256; ++b) tables[0][b] = times_power(b, 8);
     for (std::size_t k = 1; k < 8; ++k)
         for (std::uint32_t b = 0; b < 256; ++b)
             tables[k][b] = (tables[k - 1][b] >> 8) ^ tables[0][tables[k - 1][b] & 255U];

@@ -1,7 +1,6 @@
 // CRC-32 as zlib and gzip have it (polynomial 0x04C11DB7, bits reflected): what packs keep of every expert.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -17,9 +16,8 @@ std::uint32_t crc32_by_tables(std::uint32_t crc, const std::uint8_t* data, std::
 // products take 64 bytes at a time. `count` is a multiple of 16, at least 64. x86-64 with PCLMULQDQ only.
 void crc32_fold(std::uint32_t remainder, const std::uint8_t* data, std::size_t count, std::uint8_t* out);
 
-// x^power modulo the polynomial; bit 31 is the coefficient of x^0.
-constexpr std::uint32_t power_modulo(int power) {
-    std::uint32_t remainder = 0x80000000U;
+// A remainder times x^power, modulo the polynomial; bit 31 is the coefficient of x^0.
+constexpr std::uint32_t times_power(std::uint32_t remainder, int power) {
     for (int i = 0; i < power; ++i) remainder = (remainder >> 1) ^ ((remainder & 1U) != 0 ? 0xEDB88320U : 0U);
     return remainder;
 }

@@ -14,7 +14,7 @@ namespace {
 // Of reflected numbers the product comes out one bit too low, and a remainder of 32 bits stands in the high half of 64: hence
 // the shift, and 32 taken from the powers.
 __m128i factors(int bits) {
-    const auto factor = [](int power) { return static_cast<long long>(std::uint64_t{power_modulo(power)} << 1); };
+    const auto factor = [](int power) { return static_cast<long long>(std::uint64_t{times_power(0x80000000U, power)} << 1); };
     return _mm_set_epi64x(factor(bits - 32), factor(bits + 32));
 }
 
