@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from gangline.models import MoEView, find_moe, resident_forward
+from gangline.kernels.cpu.native_kernel import NativeKernel
+from gangline.kernels.grouping import group_by_expert
+from gangline.kernels.sums import accumulate
+from gangline.models import MoEView, expert_math, expert_tensors, find_moe, resident_forward, stored_fields
 from gangline.runtime.native_decode import NativeDecode, enable_native_decode
 from tiny_models import tiny_model
 
@@ -36,6 +39,57 @@ class RowByRow:
 
     def stepped(self, routing: Any) -> None:
         self.events += [(layer, ids_TK.clone()) for layer, (ids_TK, _) in enumerate(routing)]
+
+
+class ModuleExperts:
+    """The experts as the model holds them, by the torch reference."""
+
+    def __init__(self, view: MoEView) -> None:
+        self._layers = [resident_forward(block) for block in view.blocks]
+        self.events: list[tuple[int, Tensor]] = []
+
+    def forward(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        self.events.append((layer, ids_TK))
+        return self._layers[layer](x_TD, ids_TK, weights_TK)
+
+    observed = False
+    guided = False
+
+    def stepped(self, routing: Any) -> None:
+        self.events += [(layer, ids_BK) for layer, (ids_BK, _) in enumerate(routing)]
+
+
+class NativeExperts(ModuleExperts):
+    """The experts on native kernels, bound to the model's own tensors."""
+
+    def __init__(self, view: MoEView, dtype: torch.dtype) -> None:
+        super().__init__(view)
+        self._kernels = [NativeKernel(stored_fields(b, dtype), expert_math(b)) for b in view.blocks]
+        self._experts = [b.geometry.experts for b in view.blocks]
+        self._weights = [
+            [
+                kernel.bind(
+                    [t.detach().contiguous().view(torch.uint8).reshape(-1) for t in expert_tensors(b, e)]
+                )
+                for e in range(b.geometry.experts)
+            ]
+            for kernel, b in zip(self._kernels, view.blocks, strict=True)
+        ]
+
+    def forward(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        self.events.append((layer, ids_TK))
+        grouping = group_by_expert(ids_TK, weights_TK, self._experts[layer])
+        weights = [self._weights[layer][e] for e in grouping.experts]
+        y_PD = self._kernels[layer].pairs(x_TD, grouping.token_P, grouping.starts, weights, grouping.experts)
+        out_TD = torch.zeros(x_TD.shape)
+        accumulate(y_PD, grouping, out_TD)
+        return out_TD
+
+    def table(self) -> list[tuple[Any, list[Any]]]:
+        return [
+            (kernel.layer, [kernel.expert(w, e) for e, w in enumerate(weights)])
+            for kernel, weights in zip(self._kernels, self._weights, strict=True)
+        ]
 
 
 def build(family: str, seed: int, dtype: torch.dtype = torch.float32) -> tuple[Any, NativeDecode]:

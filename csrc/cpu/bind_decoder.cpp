@@ -60,7 +60,8 @@ DecoderLayer make_layer(const Norm& attention_norm, const AttentionSpec& attenti
 }
 
 void begin(Decoder& self, int sequences, int tokens, Pointer embedded, Pointer positions, Pointer first, int length,
-           const std::vector<std::int64_t>& cache, Pointer moe_input, Pointer ids, Pointer weights, Pointer logits) {
+           const std::vector<std::int64_t>& cache, Pointer moe_input, Pointer ids, Pointer weights, Pointer logits,
+           bool last_only) {
     if (cache.size() != 3 * self.spec().layers.size()) throw std::invalid_argument("three numbers for each layer's cache");
     Step step;
     if (sequences < 1 || tokens < 1) throw std::invalid_argument("a step needs a token");
@@ -70,6 +71,7 @@ void begin(Decoder& self, int sequences, int tokens, Pointer embedded, Pointer p
     step.positions = at<const std::int64_t>(positions);
     step.first = at<const std::int64_t>(first);
     step.length = length;
+    step.last_only = last_only;
     for (std::size_t i = 0; i < cache.size(); i += 3) {
         if (cache[i + 2] < length + tokens) throw std::invalid_argument("a layer's cache is full");
         step.cache.push_back({at<std::uint16_t>(static_cast<Pointer>(cache[i])),
@@ -174,7 +176,7 @@ void bind_decoder(nb::module_& m) {
         .def_prop_ro("hidden", [](const Decoder& self) { return reinterpret_cast<Pointer>(self.hidden()); })
         .def_prop_ro("hidden_stride", &Decoder::hidden_stride)
         .def("begin", &begin, "sequences"_a, "tokens"_a, "embedded"_a, "positions"_a, "first"_a, "length"_a, "cache"_a,
-             "moe_input"_a, "ids"_a, "weights"_a, "logits"_a)
+             "moe_input"_a, "ids"_a, "weights"_a, "logits"_a, "last_only"_a = false)
         .def("front",
              [](Decoder& self, int layer) {
                  check_layer(self, layer);

@@ -89,14 +89,12 @@ int Decoder::block_rows(std::size_t bytes_of_row) const {
 }
 
 void Decoder::make_buffers() {
-    std::ptrdiff_t qkv = 0, mlp = 0, router = 0, group = 0, head_dim = 0;
+    std::ptrdiff_t qkv = 0, mlp = 0, router = 0;
     for (const DecoderLayer& layer : spec_.layers) {
         const AttentionSpec& a = layer.attention;
         qkv = std::max<std::ptrdiff_t>(qkv, qkv_width(a));
         if (layer.mlp) mlp = std::max<std::ptrdiff_t>(mlp, 2 * layer.mlp->gate.matrix.rows);
         if (layer.router) router = std::max<std::ptrdiff_t>(router, layer.rule.classes);
-        group = std::max<std::ptrdiff_t>(group, a.heads / a.kv_heads);
-        head_dim = std::max<std::ptrdiff_t>(head_dim, a.head_dim);
     }
     block_rows_ = block_rows(size(qkv + mlp + 3 * router + 1) * sizeof(float) + normed_.row_bytes() + attended_.row_bytes() +
                              acted_.row_bytes());
@@ -110,11 +108,18 @@ void Decoder::make_buffers() {
     scratch_.want(size(rows * 2 * router));
     if (spec_.numbers != Format::f32) logits_.want(size(std::ptrdiff_t{step_.sequences} * spec_.head.matrix.rows));
     want_sums();
+    want_partials();
+}
+
+void Decoder::want_partials() {
     if (step_.tokens > 1) return;
-    std::ptrdiff_t pieces = 0;
+    std::ptrdiff_t pieces = 0, group = 0, head_dim = 0;
     for (std::size_t l = 0; l < spec_.layers.size(); ++l) {
+        const AttentionSpec& a = spec_.layers[l].attention;
         const Cut& cut = cuts_[size(cut_of_layer_[l])];
-        pieces = std::max<std::ptrdiff_t>(pieces, std::ptrdiff_t{cut.before.back()} * spec_.layers[l].attention.kv_heads);
+        pieces = std::max<std::ptrdiff_t>(pieces, std::ptrdiff_t{cut.before.back()} * a.kv_heads);
+        group = std::max<std::ptrdiff_t>(group, a.heads / a.kv_heads);
+        head_dim = std::max<std::ptrdiff_t>(head_dim, a.head_dim);
     }
     partial_.want(size(pieces * group * head_dim));
     partial_max_.want(size(pieces * group));
@@ -152,11 +157,54 @@ void Decoder::front(int layer) {
 }
 
 void Decoder::front(int layer, Team team, bool together) {
+    if (step_.last_only && step_.tokens > 1 && size(layer) + 1 == spec_.layers.size()) {
+        store_all(layer, team);
+        if (team.worker == 0) keep_last_tokens(layer);
+        barrier();
+    }
     for (int begin = 0; begin < step_.rows(); begin += block_rows_) {
         const Rows block{begin, std::min(block_rows_, step_.rows() - begin)};
         attention(layer, block, team);
         network(layer, block, team, together);
     }
+}
+
+// Keys and values of all tokens.
+void Decoder::store_all(int layer, Team team) {
+    const DecoderLayer& l = spec_.layers[size(layer)];
+    const AttentionSpec& a = l.attention;
+    const int width = qkv_width(a);
+    float* k = qkv_.data() + a.q.matrix.rows;
+    for (int begin = 0; begin < step_.rows(); begin += block_rows_) {
+        const Rows block{begin, std::min(block_rows_, step_.rows() - begin)};
+        normalise(l.attention_norm, block, team);
+        const Product products[] = {{&a.k, &normed_, block.count, k, width},
+                                    {&a.v, &normed_, block.count, k + a.k.matrix.rows, width}};
+        multiply_all(products, 2, team, 0);
+        store_rows(layer, block, team);
+        barrier();
+    }
+}
+
+// The step goes on as one of each sequence's last token.
+void Decoder::keep_last_tokens(int layer) {
+    const int rows = step_.rows(), tokens = step_.tokens;
+    const std::ptrdiff_t half = static_cast<std::ptrdiff_t>(spec_.inverse_frequencies.size());
+    for (int s = 0; s < step_.sequences; ++s) {
+        const std::ptrdiff_t last = std::ptrdiff_t{s + 1} * tokens - 1;
+        if (last == s) continue;
+        std::copy_n(x_.row(static_cast<int>(last)), spec_.hidden, x_.row(s));
+        std::copy_n(cosine_.begin() + last * half, half, cosine_.begin() + s * half);
+        std::copy_n(sine_.begin() + last * half, half, sine_.begin() + s * half);
+    }
+    step_.length += tokens - 1;
+    step_.tokens = 1;
+    // Where the layers before have left the choices of all rows.
+    const std::ptrdiff_t more = routed_before_[size(layer)] * (rows - step_.rows());
+    step_.ids += more;
+    step_.weights += more;
+    cut_cache();
+    want_partials();
 }
 
 // normed_ = norm(x_), with its int8 forms.

@@ -6,7 +6,8 @@
 //
 // Arithmetic is fp32; keys and values are rounded to the model's number format as they enter the cache. The experts are
 // computed by somebody else between front() and back(), or by the step itself in step_all(). What a token gets depends on the
-// tokens before it in its sequence alone: a prompt gives the same bits in one step, in several, and token by token.
+// tokens before it in its sequence alone: a prompt gives the same bits in one step, in several, and token by token. So the
+// last layer of a prompt may be a step of the last tokens, which are all that the logits need of it.
 #pragma once
 
 #include <atomic>
@@ -75,10 +76,11 @@ struct Step {
     const std::int64_t* positions = nullptr;  // [rows], for the rotary embedding
     const std::int64_t* first = nullptr;      // [sequences], first cache position that a token sees: padding lies before it
     int length = 0;                           // positions in the cache before this step
+    bool last_only = false;                   // of other than each sequence's last token, the last layer makes keys and values only
     std::vector<CacheRows> cache;             // one for each layer
     float* moe_input = nullptr;               // [rows, hidden]
-    std::int64_t* ids = nullptr;              // [L, rows, k], layer after layer
-    float* weights = nullptr;                 // [L, rows, k]
+    std::int64_t* ids = nullptr;              // [L, rows, k], layer after layer; with last_only, [sequences, k] of the model's last
+    float* weights = nullptr;                 // the same
     void* logits = nullptr;                   // [sequences, vocabulary] of the last tokens in DecoderSpec::numbers
 
     int rows() const { return sequences * tokens; }
@@ -156,6 +158,7 @@ private:
     void count_routed();
     void make_buffers();
     int block_rows(std::size_t bytes_of_row) const;
+    void want_partials();
     void cut_cache();
     void find_angles();
     Sight sight(int sequence, int position, int window) const;
@@ -168,6 +171,8 @@ private:
     void network(int layer, Rows block, Team team, bool together);
     void choose(int layer, Rows block, Team team);
     void front(int layer, Team team, bool together);
+    void store_all(int layer, Team team);
+    void keep_last_tokens(int layer);
     void head(Team team);
     void experts(int layer, Team team);
     void group_pairs(int layer);
@@ -189,7 +194,8 @@ private:
     void merge(int layer, Rows block, Team team);
     void merge_head(int layer, Rows block, int t, int head);
     // Several: tiles of neighbouring tokens go through the chunks together.
-    void prepare_rows(int layer, Rows block, Team team);
+    void store_rows(int layer, Rows block, Team team) const;
+    void prepare_queries(int layer, Rows block, Team team);
     Tile tokens_of(Rows block, int sequence) const;
     int padding_of(const Tile& tokens) const;
     int tiles_of(Rows block, int sequence, int tile_tokens) const;

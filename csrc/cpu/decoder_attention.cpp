@@ -193,17 +193,26 @@ void Decoder::merge_head(int layer, Rows block, int t, int head) {
     attended.finish();
 }
 
-// Keys and values of a block enter the cache, queries are made ready where they lie.
-void Decoder::prepare_rows(int layer, Rows block, Team team) {
+// Keys and values of a block enter the cache.
+void Decoder::store_rows(int layer, Rows block, Team team) const {
     const AttentionSpec& a = spec_.layers[size(layer)].attention;
     Room& room = room_of_worker();
     room.want(1, a.head_dim);
     const Range mine = share(block.count, 1, team.worker, team.workers);
     for (int t = mine.begin; t < mine.end; ++t) {
+        const float* x = qkv_.data() + std::ptrdiff_t{t} * qkv_width(a) + a.q.matrix.rows;
+        const AllHeads k = all_heads(a.k_norm, x, a.k.matrix.rows, a.head_dim);
+        for (int h = 0; h < a.kv_heads; ++h) store_new(layer, block.begin + t, h, k, room.head);
+    }
+}
+
+// Queries of a block are made ready where they lie.
+void Decoder::prepare_queries(int layer, Rows block, Team team) {
+    const AttentionSpec& a = spec_.layers[size(layer)].attention;
+    const Range mine = share(block.count, 1, team.worker, team.workers);
+    for (int t = mine.begin; t < mine.end; ++t) {
         float* x = qkv_.data() + std::ptrdiff_t{t} * qkv_width(a);
         const AllHeads q = all_heads(a.q_norm, x, a.q.matrix.rows, a.head_dim);
-        const AllHeads k = all_heads(a.k_norm, x + a.q.matrix.rows, a.k.matrix.rows, a.head_dim);
-        for (int h = 0; h < a.kv_heads; ++h) store_new(layer, block.begin + t, h, k, room.head);
         for (int h = 0; h < a.heads; ++h) prepare_head(a, q, h, block.begin + t, x + std::ptrdiff_t{h} * a.head_dim);
     }
 }
@@ -239,7 +248,8 @@ Decoder::Tile Decoder::tile_at(Rows block, int tile_tokens, int index) const {
 void Decoder::attend_tiles(int layer, Rows block, Team team) {
     const AttentionSpec& a = spec_.layers[size(layer)].attention;
     const int tile_tokens = std::max(1, tile_queries / (a.heads / a.kv_heads));
-    prepare_rows(layer, block, team);
+    store_rows(layer, block, team);
+    prepare_queries(layer, block, team);
     barrier();
     int tiles = 0;
     for (int s = block.begin / step_.tokens; s <= (block.begin + block.count - 1) / step_.tokens; ++s)

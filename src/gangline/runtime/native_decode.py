@@ -53,7 +53,11 @@ class MoE(Protocol):
 
     @property
     def guided(self) -> bool:
-        """Whether somebody must be told of every pass before it begins, or of what it chose."""
+        """Whether somebody must be told of every pass before it begins, or of what it chose.
+
+        Where nobody must, and all experts are in memory, the last layer of a prompt routes and computes no
+        token but the last of each sequence: the logits need nothing else of it.
+        """
         ...
 
     def stepped(self, routing: Routing) -> None:
@@ -277,14 +281,22 @@ class NativeDecode:
 
     def _logits(self, step: "_Step") -> Tensor:
         """Compute the step, through the engine where not every expert is in memory."""
-        decoder = self.decoder
+        decoder, moe = self.decoder, self._moe
+        through_engine = not decoder.resident or moe.observed
         embedded_TD = embed(self.model, decoder, step.ids_BS)
-        buffers = decoder.begin(embedded_TD, step.positions_BS, step.first_B, step.length, step.layers)
+        buffers = decoder.begin(
+            embedded_TD,
+            step.positions_BS,
+            step.first_B,
+            step.length,
+            step.layers,
+            last_only=not (through_engine or moe.guided),
+        )
         try:
-            if not decoder.resident or self._moe.observed:
-                return decoder.step(buffers, self._moe.forward)
+            if through_engine:
+                return decoder.step(buffers, moe.forward)
             logits_BV = decoder.step_all(buffers)
-            self._moe.stepped(buffers.routing)
+            moe.stepped(buffers.routing)
             return logits_BV
         finally:
             if len(embedded_TD) > KEPT_ROWS:

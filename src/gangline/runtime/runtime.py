@@ -30,7 +30,9 @@ class RuntimeStats:
     """Counters since the model was loaded.
 
     Attributes:
-        host_hits: experts of routing events found in memory; ``host_misses`` had to be read.
+        host_hits: experts of routing events found in memory; ``host_misses`` had to be read. Where all are in
+            memory and nobody watches, an int8 or int4 model computes the last layer of a prompt for the last
+            token of each sequence only, and counts the experts of that.
         bytes_read: expert bytes read from disk; ``prefetch_bytes`` of them before they were asked for.
         prefill_tokens: rows of forward passes with more than one token per sequence.
         decode_tokens: rows of the others.
@@ -226,7 +228,8 @@ class Runtime:
     def observed(self, observer: Observer, steps: Steps | None = None) -> Iterator[None]:
         """Call ``observer(layer, x_TD, ids_TK, weights_TK)`` for every routing event while the block runs.
 
-        The numbers stay those of a run without an observer. The tensors are reused: copy what you keep.
+        The numbers stay those of a run without an observer, and every layer routes every token, whether the
+        logits need it or not. The tensors are reused: copy what you keep.
 
         Args:
             observer: see above.

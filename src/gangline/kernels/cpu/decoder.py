@@ -5,6 +5,7 @@ hidden, K chosen experts per token, V vocabulary.
 """
 
 import ctypes
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -201,6 +202,8 @@ class NativeDecoder:
         first_B: Tensor,
         length: int,
         cache: Sequence[CacheLayer],
+        *,
+        last_only: bool = False,
     ) -> "StepBuffers":
         """Start a step; all tensors are contiguous.
 
@@ -209,17 +212,24 @@ class NativeDecoder:
             positions_R: rotary positions, int64. first_B: cache position each sequence begins at, int64.
             length: positions in the cache before this step.
             cache: one entry a layer.
+            last_only: for :meth:`step_all`: of tokens other than each sequence's last, the last layer makes
+                keys and values only. The logits have the same bits, and its routing has B rows.
         """
         sequences = len(first_B)
-        buffers = self.buffers(sequences, len(embedded_RD) // sequences)
+        buffers = self.buffers(sequences, len(embedded_RD) // sequences, last_only=last_only)
         addresses = [number for layer in cache for number in layer.native_rows(buffers.tokens)]
         embedded, positions, first = (tensor.data_ptr() for tensor in (embedded_RD, positions_R, first_B))
         self.start(buffers, embedded, positions, first, length, addresses)
         return buffers
 
-    def buffers(self, sequences: int, tokens: int = 1) -> "StepBuffers":
+    def buffers(self, sequences: int, tokens: int = 1, *, last_only: bool = False) -> "StepBuffers":
         """Return room for what a step reads and writes on the Python side."""
-        return StepBuffers(sequences, tokens, self.hidden, self._k, self.classes, self.dtype)
+        rows, routed = sequences * tokens, [sequences * tokens] * len(self._k)
+        if last_only and self.plans[-1].moe_layer is not None:
+            routed[-1] = sequences
+        x_RD = torch.empty(rows, self.hidden)
+        logits_BV = torch.empty(sequences, self.classes, dtype=self.dtype)
+        return StepBuffers(tokens, x_RD, Routing(rows, self._k, routed), logits_BV, last_only)
 
     def start(
         self,
@@ -240,6 +250,7 @@ class NativeDecoder:
             length,
             cache,
             *buffers.addresses,
+            buffers.last_only,
         )
 
     def step(self, buffers: "StepBuffers", moe: MoEForward) -> Tensor:
@@ -278,27 +289,32 @@ class Routing:
     Attributes:
         ids: of all MoE layers, one ``[R, K]`` after another, int64. weights: the same in fp32.
         rows: R.
+
+    Args:
+        rows: R of the step. k: K of each MoE layer. routed: rows that each of them routes, if not R.
     """
 
-    def __init__(self, rows: int, k: Sequence[int]) -> None:
-        self.ids = torch.empty(rows * sum(k), dtype=torch.int64)
-        self.weights = torch.empty(rows * sum(k))
-        self.rows, self._k = rows, k
+    def __init__(self, rows: int, k: Sequence[int], routed: Sequence[int] | None = None) -> None:
+        self.rows, self._k, self._routed = rows, k, routed or [rows] * len(k)
+        chosen = sum(map(operator.mul, self._routed, k))
+        self.ids = torch.empty(chosen, dtype=torch.int64)
+        self.weights = torch.empty(chosen)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Ids ``[R, K]`` and weights ``[R, K]`` of every MoE layer."""
-        if len(set(self._k)) == 1:
+        if len(set(self._k)) == 1 and set(self._routed) == {self.rows}:
             shape = (len(self._k), self.rows, self._k[0])
             return zip(self.ids.view(shape).unbind(), self.weights.view(shape).unbind(), strict=True)
         return (self.of(layer) for layer in range(len(self._k)))
 
     def of(self, moe_layer: int) -> tuple[Tensor, Tensor]:
         """Return ids ``[R, K]`` and weights ``[R, K]`` of one MoE layer."""
-        begin, k = self.rows * sum(self._k[:moe_layer]), self._k[moe_layer]
-        end = begin + self.rows * k
-        return self.ids[begin:end].view(self.rows, k), self.weights[begin:end].view(self.rows, k)
+        begin, shape = self.rows * sum(self._k[:moe_layer]), (self._routed[moe_layer], self._k[moe_layer])
+        end = begin + shape[0] * shape[1]
+        return self.ids[begin:end].view(shape), self.weights[begin:end].view(shape)
 
 
+@dataclass
 class StepBuffers:
     """What one step reads and writes on the Python side.
 
@@ -307,16 +323,17 @@ class StepBuffers:
         x_RD: input of the experts of the layer under way, fp32; changes with every layer.
         routing: what the routers chose.
         logits_BV: of the last tokens, in the model's number format.
+        last_only: whether the last layer is computed for each sequence's last token only.
         addresses: of these tensors, as the native step takes them.
     """
 
-    def __init__(
-        self, sequences: int, tokens: int, hidden: int, k: Sequence[int], classes: int, dtype: torch.dtype
-    ) -> None:
-        self.tokens = tokens
-        self.x_RD = torch.empty(sequences * tokens, hidden)
-        self.routing = Routing(sequences * tokens, k)
-        self.logits_BV = torch.empty(sequences, classes, dtype=dtype)
+    tokens: int
+    x_RD: Tensor
+    routing: Routing
+    logits_BV: Tensor
+    last_only: bool
+
+    def __post_init__(self) -> None:
         written = (self.x_RD, self.routing.ids, self.routing.weights, self.logits_BV)
         self.addresses = tuple(tensor.data_ptr() for tensor in written)
 
