@@ -6,19 +6,40 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
 #include <utility>
 
+#include "checksum.hpp"
+
 namespace gangline {
+namespace {
 
-ReadPool::ReadPool(std::vector<int> descriptors, std::vector<int> warm, std::size_t align)
-    : descriptors_(std::move(descriptors)), warm_(std::move(warm)), align_(align) {}
+bool holds(const Checksum& checksum) {
+    std::uint32_t found = 0;
+    for (const auto& [bytes, count] : checksum.parts) found = crc32(found, bytes, count);
+    return found == checksum.expected;
+}
 
-void ReadPool::submit(std::int64_t ticket, int priority, std::vector<ReadChunk> chunks) {
+}  // namespace
+
+ReadPool::ReadPool(std::vector<int> descriptors, std::vector<int> warm, std::size_t align, int threads)
+    : descriptors_(std::move(descriptors)), warm_(std::move(warm)), align_(align) {
+    for (int i = 0; i < threads; ++i)
+        threads_.emplace_back([this] {
+            while (work()) {
+            }
+        });
+}
+
+ReadPool::~ReadPool() { close(); }
+
+void ReadPool::submit(std::int64_t ticket, int priority, std::vector<ReadChunk> chunks, Checksum checksum) {
     const std::size_t count = chunks.size();
     {
         const std::lock_guard<std::mutex> lock(mutex_);
         auto made = std::make_unique<Ticket>();
         made->chunks = std::move(chunks);
+        made->checksum = std::move(checksum);
         made->priority = priority;
         made->pending = count;
         made->done.ticket = ticket;
@@ -47,12 +68,39 @@ bool ReadPool::cancel(std::int64_t ticket) {
     return true;
 }
 
+std::vector<TicketDone> ReadPool::finished() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return std::exchange(finished_, {});
+}
+
+std::uint64_t ReadPool::changes() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return changes_;
+}
+
+void ReadPool::wait(std::uint64_t seen) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait_for(lock, std::chrono::milliseconds(200), [&] { return changes_ != seen; });
+}
+
+void ReadPool::poke() {
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        ++changes_;
+    }
+    changed_.notify_all();
+}
+
 void ReadPool::close() {
     {
         const std::lock_guard<std::mutex> lock(mutex_);
         closed_ = true;
+        ++changes_;
     }
     work_.notify_all();
+    changed_.notify_all();
+    for (std::thread& thread : threads_)
+        if (thread.joinable()) thread.join();
 }
 
 // The ticket to serve next, or none; entries of tickets that were cancelled, changed or begun to the end are dropped.
@@ -68,12 +116,12 @@ ReadPool::Ticket* ReadPool::most_urgent() {
     return nullptr;
 }
 
-std::optional<TicketDone> ReadPool::work() {
+bool ReadPool::work() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
         Ticket* ticket = nullptr;
         work_.wait(lock, [&] { return closed_ || (ticket = most_urgent()) != nullptr; });
-        if (closed_) return std::nullopt;
+        if (closed_) return false;
         const ReadChunk& chunk = ticket->chunks[ticket->begun++];  // a ticket stays until its last chunk has ended
         lock.unlock();
         TicketDone failure;
@@ -84,9 +132,18 @@ std::optional<TicketDone> ReadPool::work() {
             ticket->done = failure;
         }
         if (--ticket->pending > 0) continue;
-        const TicketDone done = ticket->done;
-        tickets_.erase(done.ticket);
-        return done;
+        if (ticket->done.error == 0 && !ticket->checksum.parts.empty()) {
+            lock.unlock();
+            const bool right = holds(ticket->checksum);
+            lock.lock();
+            if (!right) ticket->done.error = TicketDone::differs;
+        }
+        finished_.push_back(ticket->done);
+        tickets_.erase(ticket->done.ticket);
+        ++changes_;
+        lock.unlock();
+        changed_.notify_all();
+        return true;
     }
 }
 
@@ -100,7 +157,7 @@ void ReadPool::read(const ReadChunk& chunk, TicketDone& failure) const {
             continue;
         }
         if (count < 0 && errno == EINTR) continue;
-        failure.error = count < 0 ? errno : -1;
+        failure.error = count < 0 ? errno : TicketDone::ended;
         failure.file = chunk.file;
         failure.offset = chunk.offset + static_cast<std::int64_t>(done);
         failure.missing = static_cast<std::int64_t>(chunk.wanted - done);

@@ -37,7 +37,8 @@ def open_store(
     warm = plan.everything_resident and plan.budget is None
     files = ExpertFiles(catalog.files, io, warm=warm)
     pools, pool_of_layer = _pools(plan, catalog, files.align, caches)
-    return ExpertStore(catalog, files, pools, pool_of_layer, None, IO_THREADS)
+    turned = any(slot_layout(layout) != layout for layout in catalog.layouts)
+    return ExpertStore(catalog, files, pools, pool_of_layer, None, IO_THREADS, IO_THREADS if turned else 0)
 
 
 def begin_filling(plan: MemoryPlan, catalog: ExpertCatalog, view: MoEView, io: IOMode) -> ExpertStore | None:

@@ -73,10 +73,12 @@ class EventLease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._store._changed:
+        if not self._held:
+            return
+        with self._store._lock:
             for expert in tuple(self._held):
                 self._release(expert)
-            self._store._changed.notify_all()
+            self._store.told()
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         for batch in self.batches(1):
@@ -98,12 +100,12 @@ class EventLease:
             handed = time.perf_counter()
             yield bound
             self._store.stats.compute_seconds += time.perf_counter() - handed
-            with self._store._changed:
+            with self._store._lock:
                 for expert in experts:
                     self._release(expert)
                 if self._missing:
                     self._request_missing()
-                self._store._changed.notify_all()
+                self._store.told()
             freed()
 
     @property
@@ -113,24 +115,25 @@ class EventLease:
 
     def _take_ready(self, limit: int) -> list[int]:
         """Return held experts whose bytes are there, at least one; wait if there is none."""
-        store = self._store
-        with store._changed:
-            started = 0.0
-            while True:
-                # First of all: slots freed before this thread began to wait wake nobody.
-                self._request_missing()
-                ready = self._ready(self._limited(limit))
-                if ready:
-                    self._waiting = [expert for expert in self._waiting if expert not in ready]
-                    if started:
-                        store.stats.stall_seconds += time.perf_counter() - started
-                    return ready
-                if store._closed:
-                    raise StoreError(
-                        "the expert store was closed while a model was using it; load the model again"
-                    )
-                started = started or time.perf_counter()
-                store._changed.wait()
+        store, started = self._store, 0.0
+
+        def found() -> list[int]:
+            nonlocal started
+            # First of all: slots freed before this thread began to wait wake nobody.
+            self._request_missing()
+            ready = self._ready(self._limited(limit))
+            if not ready and store._closed:
+                raise StoreError(
+                    "the expert store was closed while a model was using it; load the model again"
+                )
+            started = started or (0.0 if ready else time.perf_counter())
+            return ready
+
+        ready = store.wait_for(found)
+        if started:
+            store.stats.stall_seconds += time.perf_counter() - started
+        self._waiting = [expert for expert in self._waiting if expert not in ready]
+        return ready
 
     def _limited(self, limit: int) -> int:
         return min(limit, max(1, len(self._waiting) // 2)) if self._missing else limit

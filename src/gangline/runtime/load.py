@@ -16,7 +16,7 @@ from gangline.checkpoint.pack import write_pack
 from gangline.core.errors import CheckpointError
 from gangline.core.home import cache_dir
 from gangline.core.keys import ExpertKey
-from gangline.core.layout import ExpertCatalog
+from gangline.core.layout import ExpertCatalog, ExpertLayout
 from gangline.kernels.choice import expert_kernel, set_native_threads
 from gangline.kernels.cpu.native_kernel import NativeKernel
 from gangline.kernels.reference import ReferenceKernel
@@ -208,7 +208,7 @@ def run_from_store(
 
     begun = store is not None
     store = store or open_store(plan, stored, parts.caches, io)
-    store.bind_with(bind)
+    store.bind_with(bind, None if gpu is not None else _forms(stored, kernels))
     engine = Engine(store, kernels, view.geometry)
     runtime = Runtime(model, view, plan, catalog, store, engine, policy)
     for block in view.blocks:
@@ -250,6 +250,17 @@ def _kernels(catalog: ExpertCatalog, view: MoEView, gpu: GpuExperts | None) -> l
     return [
         choose(slot_layout(layout), expert_math(view.blocks[number % len(view.blocks)]))
         for number, layout in enumerate(catalog.layouts)
+    ]
+
+
+def _forms(catalog: ExpertCatalog, kernels: Sequence[ExpertKernel]) -> list[ExpertLayout | None]:
+    """Return which layers' bound experts look at bytes in the same way, and know nothing else of them."""
+    known: dict[ExpertLayout, ExpertLayout] = {}  # equal ones become one, which is soon compared
+    return [
+        known.setdefault(layout, layout)
+        if isinstance(kernel, NativeKernel) and kernel.reusable and slot_layout(layout) == layout
+        else None
+        for layout, kernel in zip(catalog.layouts, kernels, strict=True)
     ]
 
 

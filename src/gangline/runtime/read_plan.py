@@ -1,15 +1,15 @@
 """Turn the extents of one expert into aligned reads and places in its slot."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from gangline.core.layout import Extent
 
 CHUNK = 4 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """One read: ``length`` bytes at ``offset`` of ``file`` to ``place`` in the slot; ``wanted`` of them must
     exist.
     """
@@ -29,11 +29,16 @@ class ReadPlan:
         chunks: aligned reads of at most ``CHUNK`` bytes, in slot order.
         fields: place and length of every field in the slot.
         nbytes: slot bytes that the reads cover.
+        payload: bytes of the fields.
     """
 
     chunks: tuple[Chunk, ...]
     fields: tuple[tuple[int, int], ...]
     nbytes: int
+    payload: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "payload", sum(nbytes for _, nbytes in self.fields))
 
 
 def plan_reads(extents: Sequence[Extent], align: int) -> ReadPlan:

@@ -4,21 +4,26 @@ A read is cut into chunks of at most 4 MiB. Threads always take the next chunk o
 demand miss waits for at most one chunk per thread of whatever was queued before it, and one expert is read by
 several threads at once when it is alone.
 
-With the native core the threads wait, choose and read in it: a read then starts at once, whatever Python is
-busy with. Without it they do so here.
+Nobody is called when a read ends: whoever needs its bytes takes what has ended, or waits for a change. With
+the native core the threads never touch Python, so that neither a read nor a computation waits for the
+interpreter's lock. Without it they do the same in Python.
 """
 
 import heapq
 import itertools
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 from gangline.core.errors import GanglineError
 from gangline.core.tiers import Priority
 from gangline.kernels.cpu import native
+from gangline.kernels.cpu.checksum import crc32
 from gangline.runtime.files import ExpertFiles
 from gangline.runtime.read_plan import ReadPlan
+
+_DIFFERS = -2
 
 
 class Ticket:
@@ -28,12 +33,18 @@ class Ticket:
         plan: what is read.
         view: the slot's bytes, and address: where they lie.
         priority: its urgency.
-        on_done: called in a reader thread after the last chunk.
+        on_done: what the store does once it is taken from the finished ones.
+        crc: CRC-32 that its fields must have, one after another; None leaves them unchecked.
+
+    Attributes:
+        error: why it could not be read. corrupt: whether ``crc`` differs.
     """
 
     __slots__ = (
         "address",
         "asked",
+        "corrupt",
+        "crc",
         "cursor",
         "error",
         "number",
@@ -51,11 +62,13 @@ class Ticket:
         address: int,
         priority: Priority,
         on_done: Callable[["Ticket"], None],
+        crc: int | None = None,
     ) -> None:
         self.plan = plan
         self.view, self.address = view, address
         self.priority = self.asked = priority
         self.on_done = on_done
+        self.crc, self.corrupt = crc, False
         self.number = -1  # of the native pool
         self.cursor = 0
         self.pending = len(plan.chunks)
@@ -63,86 +76,96 @@ class Ticket:
 
 
 class Readers:
-    """A pool of threads that read tickets; ``on_done`` runs in a reader thread after the last chunk."""
+    """A pool of threads that read tickets.
+
+    Attributes:
+        submit: queue a read.
+        change: change the urgency of a read; chunks that are under way finish as they are.
+        cancel: drop a read of which no chunk has started; False if it is too late.
+        finished: take the tickets that have ended since the last call.
+        changes: how many tickets and pokes there were so far.
+        wait: until that is another number, or a moment has passed.
+        poke: wake all who wait.
+        close: stop the threads after the chunks under way.
+    """
 
     def __init__(self, files: ExpertFiles, threads: int) -> None:
         core = native()
-        self._pool: NativeReads | PythonReads = (
-            PythonReads(files) if core is None or not hasattr(core, "ReadPool") else NativeReads(files, core)
+        pool: NativeReads | PythonReads = (
+            PythonReads(files, threads)
+            if core is None or not hasattr(core, "ReadPool")
+            else NativeReads(files, core, threads)
         )
-        self.submit, self.change, self.cancel = self._pool.submit, self._pool.change, self._pool.cancel
+        self.submit, self.change, self.cancel = pool.submit, pool.change, pool.cancel
+        self.finished, self.changes, self.wait, self.poke = pool.finished, pool.changes, pool.wait, pool.poke
+        self.close = pool.close
+
+
+class NativeReads:
+    """Reads by the native core's pool."""
+
+    def __init__(self, files: ExpertFiles, core: Any, threads: int) -> None:
+        self._files = files
+        self._pool = core.ReadPool(*files.descriptors(), files.align, threads)
+        self._numbers = itertools.count()
+        self._tickets: dict[int, Ticket] = {}
+        self.changes, self.wait, self.poke = self._pool.changes, self._pool.wait, self._pool.poke
+        self.work = self._pool.work  # with no threads, in the caller's
+        # Also where nobody closes it: slots must outlive what is being read into them.
+        self.close: Callable[[], object] = weakref.finalize(self, self._pool.close)
+
+    def submit(self, ticket: Ticket) -> None:
+        """Queue a read."""
+        number = ticket.number = next(self._numbers)
+        self._tickets[number] = ticket
+        plan = ticket.plan
+        checked, crc = ((), 0) if ticket.crc is None else (plan.fields, ticket.crc)
+        self._pool.submit(number, int(ticket.priority), ticket.address, plan.chunks, checked, crc)
+
+    def change(self, ticket: Ticket, priority: Priority) -> None:
+        """Change the urgency of a read."""
+        if priority != ticket.priority and self._pool.change(ticket.number, int(priority)):
+            ticket.priority = priority
+
+    def cancel(self, ticket: Ticket) -> bool:
+        """Drop a read of which no chunk has started."""
+        dropped: bool = self._pool.cancel(ticket.number)
+        if dropped:
+            del self._tickets[ticket.number]
+        return dropped
+
+    def finished(self) -> list[Ticket]:
+        """Take what has ended."""
+        return [self._ended(*done) for done in self._pool.finished()]
+
+    def _ended(self, number: int, code: int, file: int, offset: int, missing: int) -> Ticket:
+        ticket = self._tickets.pop(number)
+        if code == _DIFFERS:
+            ticket.corrupt = True
+        elif code:
+            ticket.error = self._files.failure(file, code, offset, missing)
+        return ticket
+
+
+class PythonReads:
+    """The same in Python."""
+
+    def __init__(self, files: ExpertFiles, threads: int) -> None:
+        self._files = files
+        self._queue: list[tuple[int, int, Ticket]] = []
+        self._order = itertools.count()
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._changed = threading.Condition(self._lock)
+        self._changes = 0
+        self._finished: list[Ticket] = []
+        self._closed = False
         self._threads = [
             threading.Thread(target=self._run, name=f"gangline-reader-{i}", daemon=True)
             for i in range(threads)
         ]
         for thread in self._threads:
             thread.start()
-
-    def close(self) -> None:
-        """Stop the threads after the chunks under way."""
-        self._pool.close()
-        for thread in self._threads:
-            thread.join()
-
-    def _run(self) -> None:
-        while (ticket := self._pool.work()) is not None:
-            ticket.on_done(ticket)
-
-
-class NativeReads:
-    """Reads by the native core's pool."""
-
-    def __init__(self, files: ExpertFiles, core: Any) -> None:
-        self._files = files
-        self._pool = core.ReadPool(*files.descriptors(), files.align)
-        self._numbers = itertools.count()
-        self._tickets: dict[int, Ticket] = {}
-
-    def submit(self, ticket: Ticket) -> None:
-        """Queue a read."""
-        ticket.number = next(self._numbers)
-        self._tickets[ticket.number] = ticket
-        chunks = [(c.file, c.offset, c.length, c.wanted, c.place) for c in ticket.plan.chunks]
-        self._pool.submit(ticket.number, int(ticket.priority), ticket.address, chunks)
-
-    def change(self, ticket: Ticket, priority: Priority) -> None:
-        """Change the urgency of a read; chunks that are under way finish as they are."""
-        if priority != ticket.priority and self._pool.change(ticket.number, int(priority)):
-            ticket.priority = priority
-
-    def cancel(self, ticket: Ticket) -> bool:
-        """Drop a read of which no chunk has started; False if it is too late."""
-        dropped: bool = self._pool.cancel(ticket.number)
-        if dropped:
-            del self._tickets[ticket.number]
-        return dropped
-
-    def work(self) -> Ticket | None:
-        """Read until a ticket is complete and return it; None after :meth:`close`."""
-        done = self._pool.work()
-        if done is None:
-            return None
-        number, code, file, offset, missing = done
-        ticket = self._tickets.pop(number)
-        if code:
-            ticket.error = self._files.failure(file, code, offset, missing)
-        return ticket
-
-    def close(self) -> None:
-        """Let every :meth:`work` return after its chunk."""
-        self._pool.close()
-
-
-class PythonReads:
-    """The same in Python."""
-
-    def __init__(self, files: ExpertFiles) -> None:
-        self._files = files
-        self._queue: list[tuple[int, int, Ticket]] = []
-        self._order = itertools.count()
-        self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)
-        self._closed = False
 
     def submit(self, ticket: Ticket) -> None:
         """Queue a read."""
@@ -151,29 +174,53 @@ class PythonReads:
             self._work.notify(len(ticket.plan.chunks))
 
     def change(self, ticket: Ticket, priority: Priority) -> None:
-        """Change the urgency of a read; chunks that are under way finish as they are."""
+        """Change the urgency of a read."""
         with self._lock:
             if priority != ticket.priority and ticket.cursor < len(ticket.plan.chunks):
                 ticket.priority = priority
                 heapq.heappush(self._queue, (priority, next(self._order), ticket))
 
     def cancel(self, ticket: Ticket) -> bool:
-        """Drop a read of which no chunk has started; False if it is too late."""
+        """Drop a read of which no chunk has started."""
         with self._lock:
             if ticket.cursor:
                 return False
             ticket.cursor = len(ticket.plan.chunks)
             return True
 
+    def finished(self) -> list[Ticket]:
+        """Take what has ended."""
+        with self._lock:
+            ended, self._finished = self._finished, []
+            return ended
+
+    def changes(self) -> int:
+        """Count what waiting threads may want to know of."""
+        return self._changes
+
+    def wait(self, seen: int) -> None:
+        """Wait until there are more changes than were seen, or for 0.2 s."""
+        with self._lock:
+            if self._changes == seen:
+                self._changed.wait(0.2)
+
+    def poke(self) -> None:
+        """Wake all who wait."""
+        with self._lock:
+            self._changes += 1
+            self._changed.notify_all()
+
     def close(self) -> None:
-        """Let every :meth:`work` return after its chunk."""
+        """Stop the threads after the chunks under way."""
         with self._lock:
             self._closed = True
             self._queue.clear()
             self._work.notify_all()
+        self.poke()
+        for thread in self._threads:
+            thread.join()
 
-    def work(self) -> Ticket | None:
-        """Read until a ticket is complete and return it; None after :meth:`close`."""
+    def _run(self) -> None:
         while (task := self._next()) is not None:
             ticket, index = task
             chunk = ticket.plan.chunks[index]
@@ -186,8 +233,17 @@ class PythonReads:
                 ticket.pending -= 1
                 done = ticket.pending == 0
             if done:
-                return ticket
-        return None
+                self._end(ticket)
+
+    def _end(self, ticket: Ticket) -> None:
+        if ticket.crc is not None and ticket.error is None:
+            crc = 0
+            for place, nbytes in ticket.plan.fields:
+                crc = crc32(ticket.view[place : place + nbytes], crc)
+            ticket.corrupt = crc != ticket.crc
+        with self._lock:
+            self._finished.append(ticket)
+        self.poke()
 
     def _next(self) -> tuple[Ticket, int] | None:
         with self._lock:

@@ -1,6 +1,6 @@
 """Slots: places of one size for one expert each, in one anonymous mapping."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from enum import Enum, auto
 from typing import Any
 
@@ -27,10 +27,11 @@ class Slot:
     """One place for one expert. ``leases`` counts the consumers that forbid eviction.
 
     ``draining`` is a read for an expert that gave up the slot before its bytes were there, and that could not
-    be stopped; ``queued`` the read that waits for it.
+    be stopped; ``queued`` the read that waits for it. ``bound`` is the last thing made over its bytes, with its
+    form and the places of the fields.
     """
 
-    __slots__ = ("draining", "error", "key", "leases", "offset", "queued", "state", "weights")
+    __slots__ = ("bound", "draining", "error", "key", "leases", "offset", "queued", "state", "weights")
 
     def __init__(self, offset: int) -> None:
         self.offset = offset
@@ -41,6 +42,7 @@ class Slot:
         self.error: Exception | None = None
         self.draining: Ticket | None = None
         self.queued: Ticket | None = None
+        self.bound: tuple[Hashable, tuple[tuple[int, int], ...], Any] | None = None
 
 
 class SlotPool:

@@ -9,8 +9,9 @@ the next read into its slot begins when the first has ended.
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -21,7 +22,6 @@ from gangline.core.keys import ExpertKey
 from gangline.core.layout import ExpertCatalog
 from gangline.core.precision import Precision
 from gangline.core.tiers import Priority, Tier
-from gangline.kernels.cpu.checksum import crc32
 from gangline.policies.caches import CachePolicy
 from gangline.runtime.files import ExpertFiles
 from gangline.runtime.lease import EventLease
@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 Bind = Callable[[int, Sequence[Tensor]], Any]
 
+_T = TypeVar("_T")
+_COUNTERS = {priority: priority.name.lower() for priority in Priority}
+
 
 class ExpertStore:
     """Moves experts between DISK and HOST slots.
@@ -45,6 +48,8 @@ class ExpertStore:
         bind: makes the object that a kernel computes with from ``(layer, raw fields)``; None if it is not
             known yet (:meth:`bind_with`): experts may be read before, and stay on their way until then.
         io_threads: reads in flight.
+        binders: threads that bind what has arrived; 0 leaves it to whoever looks for it next, which is best
+            where ``bind`` takes no time.
     """
 
     def __init__(
@@ -55,26 +60,37 @@ class ExpertStore:
         pool_of_layer: Sequence[int],
         bind: Bind | None,
         io_threads: int,
+        binders: int = 0,
     ) -> None:
         self._catalog = catalog
         self._files = files
         self._pools = [pools[index] for index in pool_of_layer]
         self._all_pools = list(pools)
         self._bind = bind
+        self._forms: Sequence[Hashable] | None = None
         self._unbound: list[tuple[ExpertKey, Slot, Ticket]] = []
         self._table: dict[ExpertKey, Slot] = {}
         self._tickets: dict[ExpertKey, Ticket] = {}
         self._ahead: dict[ExpertKey, int] = {}  # read ahead and not used yet, with their bytes
         self._draining: set[Ticket] = set()  # reads that go on though their expert has lost its slot
         self._unverified = set(catalog.checksums or ())
+        self._plans: dict[ExpertKey, ReadPlan] = {}
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
+        self._waiters = 0
+        self._arrived: deque[Ticket] = deque()
         self._readers = Readers(files, io_threads)
         self._closed = False
         self.stats = StoreStats()
+        self._binders = [
+            threading.Thread(target=self._keep_binding, name=f"gangline-binder-{i}", daemon=True)
+            for i in range(binders)
+        ]
+        for thread in self._binders:
+            thread.start()
 
     def residency(self) -> dict[ExpertKey, Tier]:
         """Return the fastest tier of every expert that is not only on DISK. Does not refresh recency."""
+        self.absorb()
         with self._lock:
             return {key: Tier.HOST for key, slot in self._table.items() if slot.state is SlotState.READY}
 
@@ -102,6 +118,7 @@ class ExpertStore:
         """Decide the hits of an event and start reading its misses; see :class:`EventLease`."""
         if self._closed:
             raise StoreError("the expert store is closed; load the model again")
+        self.absorb()
         return EventLease(self, event, in_order, whole, chosen)
 
     def request(
@@ -116,6 +133,7 @@ class ExpertStore:
 
         ``spared``: experts of the same layer, and ``kept`` of any, that must not give up their slot for it.
         """
+        self.absorb()
         with self._lock:
             if self._closed or key in self._table:
                 return False
@@ -172,10 +190,18 @@ class ExpertStore:
             for pool, policy in zip(self._all_pools, policies, strict=True):
                 pool.policy = policy
 
-    def bind_with(self, bind: Bind) -> None:
-        """Say what makes the objects that kernels compute with, of a store that was opened without."""
+    def bind_with(self, bind: Bind, forms: Sequence[Hashable] | None = None) -> None:
+        """Say what makes the objects that kernels compute with, of a store that was opened without.
+
+        Args:
+            bind: see above.
+            forms: for every layer what its objects depend on beside the bytes they look at, or None for a
+                layer whose objects serve one expert only. An object is used again for the next expert in its
+                slot if that has the same form and its fields the same places.
+        """
         with self._lock:
-            self._bind, unbound, self._unbound = bind, self._unbound, []
+            self._bind, self._forms = bind, forms
+            unbound, self._unbound = self._unbound, []
         for key, slot, ticket in unbound:
             self._finish(key, slot, ticket)
 
@@ -186,18 +212,54 @@ class ExpertStore:
 
     def wait_below(self, reads: int) -> None:
         """Wait until fewer than ``reads`` experts are on their way."""
-        with self._changed:
-            while len(self._tickets) >= reads:
-                self._changed.wait()
+        self.wait_for(lambda: len(self._tickets) < reads)
 
     def wait_idle(self) -> None:
         """Wait until nothing is being read; raise the first read error, if any."""
-        with self._changed:
-            while self._tickets or self._draining:
-                self._changed.wait()
+        self.wait_for(lambda: not self._tickets and not self._draining)
+        with self._lock:
             for slot in self._table.values():
                 if slot.error is not None:
                     raise slot.error
+
+    def wait_for(self, found: Callable[[], _T]) -> _T:
+        """Wait until ``found()`` is true, and return it; it is called with the lock held after changes."""
+        while True:
+            seen = self._readers.changes()
+            self.absorb()
+            with self._lock:
+                result = found()
+                if result:
+                    return result
+                self._waiters += 1
+            try:
+                self._readers.wait(seen)
+            finally:
+                with self._lock:
+                    self._waiters -= 1
+
+    def told(self) -> None:
+        """Wake those who wait: something has changed (the lock is held)."""
+        if self._waiters:
+            self._readers.poke()
+
+    def absorb(self) -> None:
+        """Bind what has arrived, unless threads of its own do that."""
+        if not self._binders:
+            for ticket in self._readers.finished():
+                ticket.on_done(ticket)
+
+    def _keep_binding(self) -> None:
+        """Bind what arrives, one expert at a time, until the store is closed."""
+        while not self._closed:
+            seen = self._readers.changes()
+            with self._lock:
+                self._arrived.extend(self._readers.finished())
+                ticket = self._arrived.popleft() if self._arrived else None
+            if ticket is None:
+                self._readers.wait(seen)
+            else:
+                ticket.on_done(ticket)
 
     def close(self) -> None:
         """Stop reading and forget all experts."""
@@ -206,13 +268,16 @@ class ExpertStore:
                 return
             self._closed = True
         self._readers.close()
+        for thread in self._binders:
+            thread.join()
         self._files.close()
-        with self._changed:
+        with self._lock:
             self._table.clear()
             self._tickets.clear()
             self._draining.clear()
             self._unbound.clear()
-            self._changed.notify_all()
+            self._arrived.clear()
+        self._readers.poke()
 
     # Slots: the lock is held in all of these.
 
@@ -268,7 +333,7 @@ class ExpertStore:
             slot.draining = ticket
             self._draining.add(ticket)
             return
-        self.stats.bytes_read[ticket.asked.name.lower()] -= sum(nbytes for _, nbytes in ticket.plan.fields)
+        self.stats.bytes_read[_COUNTERS[ticket.asked]] -= ticket.plan.payload
         self._ahead.pop(key, None)
 
     def _hurry(self, ticket: Ticket, slot: Slot) -> None:
@@ -286,12 +351,12 @@ class ExpertStore:
         pool.policy.admitted(key)
         view = pool.view[slot.offset : slot.offset + pool.slot_bytes]
         address = pool.address + slot.offset
-        ticket = Ticket(plan, view, address, priority, lambda done: self._finish(key, slot, done))
+        crc = self._catalog.checksums[key] if self._catalog.checksums and key in self._unverified else None
+        ticket = Ticket(plan, view, address, priority, lambda done: self._finish(key, slot, done), crc)
         self._tickets[key] = ticket
-        nbytes = sum(nbytes for _, nbytes in plan.fields)
-        self.stats.bytes_read[priority.name.lower()] += nbytes
+        self.stats.bytes_read[_COUNTERS[priority]] += plan.payload
         if priority is Priority.PREFETCH:
-            self._ahead[key] = nbytes
+            self._ahead[key] = plan.payload
         if slot.draining is None:
             self._readers.submit(ticket)
             return
@@ -300,36 +365,46 @@ class ExpertStore:
             self._hurry(ticket, slot)
 
     def _plan(self, key: ExpertKey) -> ReadPlan:
-        return plan_reads(self._catalog.extents[key], self._files.align)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = plan_reads(self._catalog.extents[key], self._files.align)
+        return plan
 
-    # Completion: runs in a reader thread, or in the one that brings what binds.
+    # Completion: runs in the thread that looks for what has arrived.
 
     def _finish(self, key: ExpertKey, slot: Slot, ticket: Ticket) -> None:
-        with self._changed:
+        with self._lock:
             if ticket in self._draining:
                 self._drained(slot, ticket)
                 return
-        raws = self._pools[key.layer].raw(slot, ticket.plan.fields)
-        error: Exception | None = ticket.error or self._verify(key, raws)
-        with self._lock:
             bind = self._bind
             if bind is None:
                 self._unbound.append((key, slot, ticket))
                 return
+        error: Exception | None = ticket.error or self._damage(key, ticket)
         weights = None
         if error is None:
             try:
-                weights = bind(key.layer, raws)
+                weights = self._bound(bind, key.layer, slot, ticket.plan)
             except Exception as raised:  # noqa: BLE001 - the thread that waits for this expert must see it
                 error = raised
-        with self._changed:
+        with self._lock:
             if ticket in self._draining:
                 self._drained(slot, ticket)
             if self._tickets.get(key) is not ticket:
                 return
             del self._tickets[key]
             slot.weights, slot.error, slot.state = weights, error, SlotState.READY
-            self._changed.notify_all()
+            self.told()
+
+    def _bound(self, bind: Bind, layer: int, slot: Slot, plan: ReadPlan) -> Any:
+        """Return what the kernel computes a slot's expert with, made anew only where it must be."""
+        form = None if self._forms is None else self._forms[layer]
+        if form is not None and slot.bound is not None and slot.bound[:2] == (form, plan.fields):
+            return slot.bound[2]
+        weights = bind(layer, self._pools[layer].raw(slot, plan.fields))
+        slot.bound = None if form is None else (form, plan.fields, weights)
+        return weights
 
     def _drained(self, slot: Slot, ticket: Ticket) -> None:
         """A read that nobody wants any more has ended: the next one may begin."""
@@ -337,17 +412,11 @@ class ExpertStore:
         queued, slot.draining, slot.queued = slot.queued, None, None
         if queued is not None:
             self._readers.submit(queued)
-        self._changed.notify_all()
+        self.told()
 
-    def _verify(self, key: ExpertKey, raws: Sequence[Tensor]) -> PackError | None:
-        """Check an expert against its checksum the first time it is read in this process."""
-        if key not in self._unverified:
-            return None
-        crc = 0
-        for raw in raws:
-            crc = crc32(raw.numpy(), crc)
-        assert self._catalog.checksums is not None
-        if crc != self._catalog.checksums[key]:
+    def _damage(self, key: ExpertKey, ticket: Ticket) -> PackError | None:
+        """Say what is wrong with an expert whose checksum was compared: the first time it is read here."""
+        if ticket.corrupt:
             path = self._catalog.files[self._catalog.extents[key][0].file]
             return PackError(
                 f"layer {key.layer} expert {key.expert}: checksum differs in {path}; "

@@ -186,6 +186,11 @@ class NativeKernel:
         """Whether the native core alone computes these experts, without a plain copy of any weight."""
         return self.fused and not self._plain_numbers
 
+    @property
+    def reusable(self) -> bool:
+        """Whether bound weights serve any expert that comes to lie where the first one lay, of any layer."""
+        return self.packed and not self._biased
+
     def scratch_bytes(self, tokens: int, pairs: int) -> int:
         """Return what the native core keeps in memory for calls of up to so many tokens and pairs."""
         layer = self.layer or self._native_layer(GateForm("identity"))
