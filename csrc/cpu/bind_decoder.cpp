@@ -91,6 +91,23 @@ void set_experts(Decoder& self, const std::vector<std::pair<ExpertsLayer, std::v
     self.set_experts(std::move(layers));
 }
 
+void score_rows(Pointer logits, int rows, int classes, bool sigmoid) {
+    float* z = at<float>(logits);
+    for (int t = 0; t < rows; ++t, z += classes) score_row(z, classes, sigmoid, z);
+}
+
+std::vector<std::pair<std::vector<int>, std::vector<float>>> rank_rows(Pointer scores, int rows, int classes) {
+    std::vector<std::pair<std::vector<int>, std::vector<float>>> ranked(static_cast<std::size_t>(rows));
+    const float* score = at<const float>(scores);
+    for (auto& [order, values] : ranked) {
+        order.resize(static_cast<std::size_t>(classes));
+        rank_row(score, classes, order.data());
+        for (const int i : order) values.push_back(score[i]);
+        score += classes;
+    }
+    return ranked;
+}
+
 void route_rows(const RouterRule& rule, Pointer logits, int rows, Pointer ids, Pointer weights) {
     std::vector<float> scratch(2 * static_cast<std::size_t>(rule.classes));
     for (int t = 0; t < rows; ++t) {
@@ -190,6 +207,10 @@ void bind_decoder(nb::module_& m) {
         .def("set_block_rows", &Decoder::set_block_rows, "rows"_a)
         .def("release", &Decoder::release)
         .def("step_all", &Decoder::step_all, nb::call_guard<nb::gil_scoped_release>());
+    m.def("score_rows", &score_rows, "logits"_a, "rows"_a, "classes"_a, "sigmoid"_a,
+          "Turn rows of fp32 logits into scores, in place: sigmoids, or their softmax.");
+    m.def("rank_rows", &rank_rows, "scores"_a, "rows"_a, "classes"_a,
+          "Return for each row of fp32 scores all classes, best first (ties: ascending), and their scores.");
     m.def("route", &route_rows, "rule"_a, "logits"_a, "rows"_a, "ids"_a, "weights"_a,
           "Route rows of fp32 logits; ids int64 and weights fp32 are [rows, k].");
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 namespace gangline {
 namespace {
@@ -14,12 +15,14 @@ void softmax(const float* z, int n, float* y) {
     for (int i = 0; i < n; ++i) y[i] /= sum;
 }
 
+void sigmoid(const float* z, int n, float* y) {
+    for (int i = 0; i < n; ++i) y[i] = 1.0f / (1.0f + std::exp(-z[i]));
+}
+
 void score_classes(const RouterRule& rule, const float* z, float* score) {
     switch (rule.score) {
         case Score::softmax: return softmax(z, rule.classes, score);
-        case Score::sigmoid:
-            for (int i = 0; i < rule.classes; ++i) score[i] = 1.0f / (1.0f + std::exp(-z[i]));
-            return;
+        case Score::sigmoid: return sigmoid(z, rule.classes, score);
         case Score::softmax_topk: std::copy_n(z, rule.classes, score);
     }
 }
@@ -88,6 +91,16 @@ void route(const RouterRule& rule, const float* logits, float* scratch, std::int
         if (rule.expert_scale != nullptr) weights[n] *= rule.expert_scale[ids[n]];
         weights[n] *= rule.scale;
     }
+}
+
+void score_row(const float* logits, int classes, bool by_sigmoid, float* score) {
+    if (by_sigmoid) sigmoid(logits, classes, score);
+    else softmax(logits, classes, score);
+}
+
+void rank_row(const float* score, int classes, int* order) {
+    std::iota(order, order + classes, 0);
+    std::stable_sort(order, order + classes, [score](int a, int b) { return score[a] > score[b]; });
 }
 
 }  // namespace gangline

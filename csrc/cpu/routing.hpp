@@ -27,4 +27,10 @@ struct RouterRule {
 // ids and weights [k], best first. `scratch` holds 2 * classes floats.
 void route(const RouterRule& rule, const float* logits, float* scratch, std::int64_t* ids, float* weights);
 
+// Scores of all classes from logits, which they may replace.
+void score_row(const float* logits, int classes, bool sigmoid, float* score);
+
+// All classes, best first; equal ones by their number.
+void rank_row(const float* score, int classes, int* order);
+
 }  // namespace gangline

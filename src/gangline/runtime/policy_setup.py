@@ -1,7 +1,7 @@
 """From a chosen composition to parts that run with a loaded model."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,9 +31,9 @@ def live_material(choice: PolicyChoice, view: MoEView) -> Material:
         UsageError, TraceError: what it learned from cannot be read, or is of another model.
     """
     found, path = choice.composition, choice.learned
-    gates: list[Gate] | None = None
+    gates: Sequence[Gate] | None = None
     if found.predictor == "next-gate" or found.cache == "mrs":
-        gates = list(router_scores(view))
+        gates = router_scores(view)
     material = Material(view.geometry, gates)
     if path is None:
         return material

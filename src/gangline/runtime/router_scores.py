@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gangline.core.errors import UsageError
+from gangline.formats.dense import DENSE_NAMES
+from gangline.kernels.cpu import native
 from gangline.models import MoEBlock, MoEView
+from gangline.policies.predictors.next_gate import Ranked
 
 
 class RouterScores:
@@ -30,7 +33,10 @@ class RouterScores:
         block: the layer.
 
     Attributes:
+        experts: E.
         sigmoid: whether scores are sigmoids and no softmax.
+        matrix: the native core's view of the router's matrix, whose products are in fp32 for any number of
+            tokens and layers at once; None where the scores are torch's.
 
     Raises:
         UsageError: the family has no router module.
@@ -46,25 +52,24 @@ class RouterScores:
             object.__setattr__(router, name, OrderedDict())
         self._block = replace(block, router=router)
         self._dtype = next(block.router.parameters()).dtype
+        self.experts = block.geometry.experts
         self.sigmoid = block.router_spec is not None and block.router_spec.score == "sigmoid"
         self._token_ids = torch.zeros(1, dtype=torch.long)
         self._weight_ED = self._plain_weight(router)
+        self.matrix = self._native_matrix()
 
     def __call__(self, x_TD: Any) -> NDArray[np.float32]:
         """Return scores ``[T, E]`` (softmax or sigmoid) for inputs ``[T, D]``, of torch or NumPy."""
+        x_TD = torch.as_tensor(x_TD)
+        if self.matrix is not None:
+            return cast("NDArray[np.float32]", _native_scores([self.matrix], self, x_TD)[0].numpy())
         with torch.no_grad():
-            return self.normalised(self.logits(torch.as_tensor(x_TD)))
-
-    def logits(self, x_TD: Tensor) -> Tensor:
-        """Return what the router makes scores of, ``[T, E]``."""
-        if x_TD.dtype is not self._dtype:
             x_TD = x_TD.to(self._dtype)
-        return self._ask(x_TD) if self._weight_ED is None else functional.linear(x_TD, self._weight_ED)
-
-    def normalised(self, logits: Tensor) -> NDArray[np.float32]:
-        """Return scores of logits, of any layers and tokens: the last dimension counts experts."""
-        logits = logits.float()
-        return cast("NDArray[np.float32]", (logits.sigmoid() if self.sigmoid else logits.softmax(-1)).numpy())
+            weight_ED = self._weight_ED
+            logits_TE = self._ask(x_TD) if weight_ED is None else functional.linear(x_TD, weight_ED)
+            logits_TE = logits_TE.float()
+            scores_TE = logits_TE.sigmoid() if self.sigmoid else logits_TE.softmax(-1)
+        return cast("NDArray[np.float32]", scores_TE.numpy())
 
     def _ask(self, x_TD: Tensor) -> Tensor:
         """Return the logits that the router module gives."""
@@ -84,18 +89,60 @@ class RouterScores:
         same = asked_TE.shape == plain_TE.shape and torch.allclose(asked_TE, plain_TE, rtol=1e-2, atol=1e-2)
         return weight_ED.detach() if same else None
 
+    def _native_matrix(self) -> Any:
+        """Return the native core's view of the matrix; None where it cannot multiply with it."""
+        core: Any = native()
+        weight_ED = self._weight_ED
+        if core is None or weight_ED is None or weight_ED.dtype not in DENSE_NAMES:
+            return None
+        if weight_ED.device.type != "cpu" or not weight_ED.is_contiguous():
+            return None
+        return core.Matrix(weight_ED.data_ptr(), *weight_ED.shape, DENSE_NAMES[weight_ED.dtype])
+
 
 class RouterGates(list[RouterScores]):
     """The functions of all MoE layers."""
 
     def several(self, layers: Sequence[int], x_TD: Any) -> Sequence[NDArray[np.float32]]:
         """Return the scores ``[T, E]`` of some layers for one input: the same values in fewer calls."""
-        asked, x_TD = [self[layer] for layer in layers], torch.as_tensor(x_TD)
-        with torch.no_grad():
-            logits = [gate.logits(x_TD) for gate in asked]
-            if len({(one.shape[-1], gate.sigmoid) for one, gate in zip(logits, asked, strict=True)}) == 1:
-                return asked[0].normalised(torch.stack(logits))  # type: ignore[return-value]
-            return [gate.normalised(one) for one, gate in zip(logits, asked, strict=True)]
+        together_LTE = self._together(layers, x_TD)
+        if together_LTE is None:
+            return [self[layer](x_TD) for layer in layers]
+        return list(together_LTE.numpy())
+
+    def ranked(self, layers: Sequence[int], x_1D: Any) -> Sequence[Ranked] | None:
+        """Return the experts of some layers for one token, or None where :meth:`several` must do."""
+        together_LTE = self._together(layers, x_1D)
+        if together_LTE is None:
+            return None
+        count, _, experts = together_LTE.shape
+        core: Any = native()
+        ranked: list[Ranked] = core.rank_rows(together_LTE.data_ptr(), count, experts)
+        return ranked
+
+    def _together(self, layers: Sequence[int], x_TD: Any) -> Tensor | None:
+        """Return the scores ``[layers, T, E]`` by one native product; None where there is none."""
+        asked = [self[layer] for layer in layers]
+        if len({(one.matrix is None, one.experts, one.sigmoid) for one in asked}) > 1 or not asked:
+            return None
+        if asked[0].matrix is None:
+            return None
+        return _native_scores([one.matrix for one in asked], asked[0], torch.as_tensor(x_TD))
+
+
+def _native_scores(matrices: Sequence[Any], like: RouterScores, x_TD: Tensor) -> Tensor:
+    """Return scores ``[matrices, T, E]`` in fp32; all matrices are ``like`` one router's."""
+    core: Any = native()
+    x_TD = x_TD.detach().float().contiguous()
+    tokens, count = x_TD.shape[0], len(matrices)
+    scores_LTE = torch.empty(count, tokens, like.experts)
+    token_P = torch.arange(tokens).repeat(count) if tokens > 1 else torch.zeros(count, dtype=torch.long)
+    starts = range(0, (count + 1) * tokens, tokens)
+    core.grouped_products(
+        matrices, x_TD.data_ptr(), "f32", tokens, token_P.data_ptr(), starts, scores_LTE.data_ptr(), like.experts
+    )
+    core.score_rows(scores_LTE.data_ptr(), count * tokens, like.experts, like.sigmoid)
+    return scores_LTE
 
 
 def router_scores(view: MoEView) -> RouterGates:

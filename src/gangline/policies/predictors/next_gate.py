@@ -22,12 +22,20 @@ Gate = Callable[[Any], Any]
 """Takes gate inputs ``[T, D]`` and returns scores ``[T, E]``, of NumPy or torch."""
 
 
+Ranked = tuple[Sequence[int], Sequence[float]]
+"""All experts of a layer, best first (ties: ascending id), and their scores."""
+
+
 @runtime_checkable
 class Several(Protocol):
     """Gates that score several layers in one call."""
 
     def several(self, layers: Sequence[int], x_TD: Any) -> Sequence[Any]:
         """Return what the gate of each layer would, in order."""
+        ...
+
+    def ranked(self, layers: Sequence[int], x_1D: Any) -> Sequence[Ranked] | None:
+        """Return the same for one token, sorted; None if they cannot."""
         ...
 
 
@@ -46,7 +54,7 @@ class NextGate(Predictor):
 
     def __init__(self, gates: Sequence[Gate], ahead: int = 1, top_k: int | None = None) -> None:
         self.gates, self.ahead, self.top_k = gates, ahead, top_k
-        self._several = gates.several if isinstance(gates, Several) else None
+        self._several = gates if isinstance(gates, Several) else None
 
     def after_gate(self, event: RoutingEvent) -> list[Forecast]:
         """Forecast the next layers of this pass from the event's gate input.
@@ -60,16 +68,31 @@ class NextGate(Predictor):
                 "or choose another predictor"
             )
         layers = range(event.layer + 1, min(event.layer + self.ahead + 1, len(self.gates)))
+        if event.tokens == 1 and self.top_k is None and self._several is not None and layers:
+            ranked_L = self._several.ranked(layers, event.detail.gate_input_TD)
+            if ranked_L is not None:
+                return [
+                    self._forecast(event, layer, *best) for layer, best in zip(layers, ranked_L, strict=True)
+                ]
         votes = [self._votes(np.asarray(s_TE, dtype=np.float64)) for s_TE in self._scores(layers, event)]
         horizons = [layer - event.layer for layer in layers]
         return ranked([event.step] * len(layers), layers, votes, horizons, self.source)
+
+    def _forecast(
+        self, event: RoutingEvent, layer: int, experts: Sequence[int], scores: Sequence[float]
+    ) -> Forecast:
+        if scores[-1] <= 0:
+            scores = [score for score in scores if score > 0]
+            experts = experts[: len(scores)]
+        horizon = layer - event.layer
+        return Forecast(event.step, layer, tuple(experts), tuple(scores), horizon=horizon, source=self.source)
 
     def _scores(self, layers: Sequence[int], event: RoutingEvent) -> Sequence[Any]:
         """Return the scores ``[T, E]`` of some layers for the event's gate input."""
         assert event.detail is not None
         x_TD = event.detail.gate_input_TD
         if len(layers) > 1 and self._several is not None:
-            return self._several(layers, x_TD)
+            return self._several.several(layers, x_TD)
         return [self.gates[layer](x_TD) for layer in layers]
 
     def _votes(self, scores_TE: NDArray[np.float64]) -> NDArray[np.float64]:
