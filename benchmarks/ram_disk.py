@@ -13,8 +13,8 @@ Routing of random weights is uniform. The second part replays routing of the tra
 layers at the same relative depth, each of its 16 experts standing for a fixed group of 4, so that its top 2
 are the model's top 8. llama.cpp cannot follow a trace; there the policies stand beside plain LRU.
 
-`default` and `lru` (one list for all layers) read nothing ahead, `moe-infinity` reads ahead what earlier
-sequences used; --also adds others to the uniform part, for example hobbit-exact, and hobbit with its two
+`lru` (one list for all layers) reads nothing ahead, `default` what the next two routers want, and
+`moe-infinity` what earlier sequences used; --also adds others to the uniform part, for example hobbit-exact, and hobbit with its two
 precisions, which is approximate: it may read copies in int2 or leave experts out. --tune lets ``gangline
 tune`` choose for each budget first and runs its choice too. "share of the bound": bytes read over the fastest
 random reads of expert size that the disk showed anywhere at that budget, a side at work included. Needs Linux

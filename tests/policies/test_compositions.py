@@ -154,7 +154,9 @@ def test_needs_are_known_before_anything_runs(name):
     if found.predictor == "pre-gate":
         material = replace(material, network=PreGates([torch.randn(8, 4)] * 3))
     parts = build_parts(found, material, 12)
-    assert parts.passive == (name in {"default", "fiddler", "freetoken", "towards-moe-deployment", "se-moe"})
+    assert parts.passive == (
+        name in {"layer-lru", "fiddler", "freetoken", "towards-moe-deployment", "se-moe"}
+    )
     assert ("scores" in parts.needs) == (name == "hybrimoe")
     assert ("gate_input" in parts.needs) == (found.predictor in ("next-gate", "pre-gate"))
     assert ("embeddings" in parts.needs) == (name == "sida")

@@ -1,7 +1,9 @@
 """Every exact composition computes the bits that everything in memory gives, and does its work."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ from gangline.core.errors import UsageError
 from gangline.core.events import RoutingDetail, RoutingEvent
 from gangline.core.forecast import Forecast
 from gangline.models import find_moe
+from gangline.policies.caches.layer_lru import LayerLRU
+from gangline.policies.caches.phased import PhasedCache
 from gangline.policies.compositions import COMPOSITIONS
 from gangline.policies.predictors.expertflow import RoutingPathPredictor
 from gangline.policies.predictors.identity import describe_model
@@ -23,6 +27,8 @@ from gangline.policies.predictors.read_me import DecoupledRouter
 from gangline.policies.predictors.registry import PREDICTORS
 from gangline.policies.predictors.saved import save_predictor
 from gangline.policies.predictors.sida import HashFunction
+from gangline.runtime.policy_choice import DEFAULT
+from gangline.runtime.policy_setup import live_parts
 from gangline.runtime.router_scores import router_scores
 from gangline.traces import TraceWriter
 from gangline.traces.describe import describe_recording
@@ -128,9 +134,9 @@ def test_gates_see_the_future(name: str, saved: tuple[Any, Path], tmp_path: Path
     assert stats.useful_prefetch_bytes > 0 and stats.by_prefetch > 0
 
 
-def test_default_costs_nothing(saved: tuple[Any, Path]) -> None:
+def test_layer_lru_costs_nothing(saved: tuple[Any, Path]) -> None:
     _, folder = saved
-    for options in ({"expert_slots": 6}, {}):
+    for options in ({"expert_slots": 6, "policy": "layer-lru"}, {}):
         with gangline.load(folder, **options).gangline as runtime:
             assert runtime._engine.policy is None
     with gangline.load(folder, policy="hobbit-exact").gangline as runtime:
@@ -280,11 +286,26 @@ def test_several_routers_at_once_forecast_the_same(family: str, seed: int) -> No
     model = tiny_model(family, seed=seed, dtype=torch.float32).eval()
     view = find_moe(model)
     gates, width = router_scores(view), model.config.hidden_size
-    for rows in (1, 5):
+    for rows, top_k in itertools.product((1, 5), (None, 2)):
         detail = RoutingDetail(gate_input_TD=torch.randn(rows, width))
         event = RoutingEvent(3, 0, "decode", rows, (0,), (rows,), detail)
-        together = NextGate(gates, len(gates)).after_gate(event)
+        together = NextGate(gates, len(gates), top_k).after_gate(event)
         assert len(together) == len(gates) - 1
         for n, one in enumerate(together, start=1):
-            alone = NextGate([lambda x, n=n: gates[n](x)] * len(gates), n).after_gate(event)[-1]
+            alone = NextGate([lambda x, n=n: gates[n](x)] * len(gates), n, top_k).after_gate(event)[-1]
             assert one == alone
+        assert NextGate(gates, 1, most_tokens=rows - 1).after_gate(event) == []
+
+
+@pytest.mark.parametrize(("family", "runs_as"), [("olmoe", "phased"), ("muse_spark", "layer-lru")])
+def test_default_asks_plain_routers_only(family: str, runs_as: str, seed: int) -> None:
+    view = find_moe(tiny_model(family, seed=seed))
+    pools = [(1, 4, range(len(view.blocks)))]
+    plan = SimpleNamespace(pools=pools, everything_resident=False)
+    caches = {"phased": PhasedCache, "layer-lru": LayerLRU}
+    parts = live_parts(DEFAULT, view, plan)
+    assert [type(cache) for cache in parts.caches] == [caches[runs_as]]
+    assert parts.passive == (runs_as == "layer-lru")
+    if runs_as == "layer-lru":
+        with pytest.raises(UsageError, match="choose another policy"):
+            router_scores(view)

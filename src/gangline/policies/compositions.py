@@ -31,6 +31,7 @@ class Composition:
         batching: a class or function of ``batching``.
         exact: whether all parts are.
         unlike: what differs from the system.
+        otherwise: name of the composition that stands in where a model's routers are no plain matrices.
         cache_options, predictor_options, prefetcher_options, precision_options: parameters of these parts.
     """
 
@@ -44,6 +45,7 @@ class Composition:
     batching: str | None = None
     exact: bool = True
     unlike: str = ""
+    otherwise: str | None = None
     cache_options: Mapping[str, Any] = field(default_factory=dict)
     predictor_options: Mapping[str, Any] = field(default_factory=dict)
     prefetcher_options: Mapping[str, Any] = field(default_factory=dict)
@@ -61,7 +63,17 @@ class Composition:
 
 
 COMPOSITIONS: dict[str, Composition] = {
-    "default": Composition("layer-lru"),
+    # HOBBIT's cache and look ahead, with layer quotas and no forecasts while a prompt streams.
+    "default": Composition(
+        "phased",
+        "global",
+        "next-gate",
+        2,
+        "FirstMissing",
+        otherwise="layer-lru",
+        predictor_options={"most_tokens": 8},
+    ),
+    "layer-lru": Composition("layer-lru"),
     "sida": Composition(
         "sida", "global", "sida", prefetcher="WholeSet", unlike="the router stays: the prediction is a hint"
     ),
@@ -152,9 +164,10 @@ def require_exact(name: str, found: Composition) -> None:
 def read_composition(path: Path) -> Composition:
     """Read a composition of one's own.
 
-    Keys: ``like`` (a name to begin from; default ``default``), ``cache``, ``predictor``, ``prefetcher`` and
-    ``precision`` (a name, or a mapping with ``name`` and the part's own parameters), ``scope``, ``ahead``,
-    ``unlike``. Schedules and batching cannot be changed: they are not parts that every engine has.
+    Keys: ``like`` (a name to begin from; default ``layer-lru``, which reads nothing ahead), ``cache``,
+    ``predictor``, ``prefetcher`` and ``precision`` (a name, or a mapping with ``name`` and the part's own
+    parameters), ``scope``, ``ahead``, ``unlike``. Schedules and batching cannot be changed: they are not parts
+    that every engine has.
 
     Raises:
         UsageError: the file cannot be read, or has another key or a value of the wrong kind.
@@ -172,7 +185,7 @@ def read_composition(path: Path) -> Composition:
         raise UsageError(f"{path} must hold lines such as 'cache: lfru'; its keys are {', '.join(keys)}")
     if unknown := [key for key in data if key not in keys]:
         raise UsageError(f"{path}: there is no key {unknown[0]!r}; the keys are {', '.join(keys)}")
-    base = composition(str(data.get("like", "default")))
+    base = composition(str(data.get("like", "layer-lru")))
     changes: dict[str, Any] = {key: data[key] for key in _PLAIN if key in data}
     for part in _PARTS:
         if part in data:

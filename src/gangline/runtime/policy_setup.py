@@ -1,5 +1,6 @@
 """From a chosen composition to parts that run with a loaded model."""
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,16 +11,19 @@ from torch import nn
 from gangline.core.errors import UsageError
 from gangline.models import MoEView
 from gangline.policies.caches import RandomEviction
+from gangline.policies.compositions import composition
 from gangline.policies.parts import Material, Parts, build_parts
 from gangline.policies.predictors.next_gate import Gate
 from gangline.runtime.engine import Engine
 from gangline.runtime.mixed import MixedPrecision
 from gangline.runtime.planner import MemoryPlan
-from gangline.runtime.policy_choice import DEFAULT, PolicyChoice
+from gangline.runtime.policy_choice import PolicyChoice
 from gangline.runtime.policy_driver import PolicyDriver
-from gangline.runtime.router_scores import router_scores
+from gangline.runtime.router_scores import plain_routers, router_scores
 from gangline.runtime.store import ExpertStore
 from gangline.traces.header import TraceHeader
+
+logger = logging.getLogger(__name__)
 
 _FIRST_NUMBERED = re.compile(r"^.*?\.\d+(?=\.|$)")
 
@@ -74,6 +78,17 @@ def require_trace_of(header: TraceHeader, view: MoEView, name: str) -> None:
         )
 
 
+def _for_routers(choice: PolicyChoice, view: MoEView) -> PolicyChoice:
+    """Return what stands in for a choice whose predictor would have to ask unusual routers."""
+    instead = choice.composition.otherwise
+    if instead is None or plain_routers(view):
+        return choice
+    logger.info(
+        "the routers of %s are no plain ones: policy %s runs as %s", view.family, choice.name, instead
+    )
+    return replace(choice, composition=composition(instead))
+
+
 def live_parts(choice: PolicyChoice, view: MoEView, plan: MemoryPlan, cache_seed: int | None = None) -> Parts:
     """Make fresh parts for the slots of a plan; with ``cache_seed`` the caches evict at random.
 
@@ -81,9 +96,12 @@ def live_parts(choice: PolicyChoice, view: MoEView, plan: MemoryPlan, cache_seed
         UsageError: see :func:`live_material` and :func:`gangline.policies.parts.build_parts`.
     """
     pools = [(count, layers) for _, count, layers in plan.pools]
-    parts = build_parts(choice.composition, live_material(choice, view), pools)
+    choice = _for_routers(choice, view)
     if plan.everything_resident:  # nothing is ever evicted or read: whoever would look at events need not
-        return build_parts(DEFAULT.composition, Material(view.geometry), pools)
+        if choice.source != "default":
+            build_parts(choice.composition, live_material(choice, view), pools)  # says what it lacks
+        return build_parts(composition("layer-lru"), Material(view.geometry), pools)
+    parts = build_parts(choice.composition, live_material(choice, view), pools)
     if cache_seed is None:
         return parts
     return replace(parts, caches=tuple(RandomEviction(cache_seed) for _ in pools))

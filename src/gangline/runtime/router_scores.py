@@ -39,13 +39,19 @@ class RouterScores:
             tokens and layers at once; None where the scores are torch's.
 
     Raises:
-        UsageError: the family has no router module.
+        UsageError: the family has no router module, or one that reads vectors of another size.
     """
 
     def __init__(self, block: MoEBlock) -> None:
         if block.router is None:
             raise UsageError(
                 f"{block.name} has no router module, which this policy asks; choose another policy"
+            )
+        weight_ED = block.router._parameters.get("weight")
+        if weight_ED is not None and weight_ED.dim() == 2 and weight_ED.shape[1] != block.geometry.hidden:
+            raise UsageError(
+                f"the router of {block.name} reads {weight_ED.shape[1]} numbers and its experts "
+                f"{block.geometry.hidden}, of which this policy knows the latter alone; choose another policy"
             )
         router = copy.copy(block.router)
         for name in ("_forward_hooks", "_forward_pre_hooks"):
@@ -130,6 +136,16 @@ class RouterGates(list[RouterScores]):
         return _native_scores([one.matrix for one in asked], asked[0], torch.as_tensor(x_TD))
 
 
+def plain_routers(view: MoEView) -> bool:
+    """Whether every router is a module with one matrix for what the experts read: soon asked."""
+    wanted = [(layer.experts, layer.hidden) for layer in view.geometry.layers]
+    for block, shape in zip(view.blocks, wanted, strict=True):
+        weight_ED = None if block.router is None else block.router._parameters.get("weight")
+        if weight_ED is None or tuple(weight_ED.shape) != shape:
+            return False
+    return True
+
+
 def _native_scores(matrices: Sequence[Any], like: RouterScores, x_TD: Tensor) -> Tensor:
     """Return scores ``[matrices, T, E]`` in fp32; all matrices are ``like`` one router's."""
     core: Any = native()
@@ -139,7 +155,14 @@ def _native_scores(matrices: Sequence[Any], like: RouterScores, x_TD: Tensor) ->
     token_P = torch.arange(tokens).repeat(count) if tokens > 1 else torch.zeros(count, dtype=torch.long)
     starts = range(0, (count + 1) * tokens, tokens)
     core.grouped_products(
-        matrices, x_TD.data_ptr(), "f32", tokens, token_P.data_ptr(), starts, scores_LTE.data_ptr(), like.experts
+        matrices,
+        x_TD.data_ptr(),
+        "f32",
+        tokens,
+        token_P.data_ptr(),
+        starts,
+        scores_LTE.data_ptr(),
+        like.experts,
     )
     core.score_rows(scores_LTE.data_ptr(), count * tokens, like.experts, like.sigmoid)
     return scores_LTE

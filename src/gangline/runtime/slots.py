@@ -27,8 +27,8 @@ class Slot:
     """One place for one expert. ``leases`` counts the consumers that forbid eviction.
 
     ``draining`` is a read for an expert that gave up the slot before its bytes were there, and that could not
-    be stopped; ``queued`` the read that waits for it. ``bound`` is the last thing made over its bytes, with its
-    form and the places of the fields.
+    be stopped; ``queued`` the read that waits for it. ``bound`` is the last thing made over its bytes, with
+    its form and the places of the fields.
     """
 
     __slots__ = ("bound", "draining", "error", "key", "leases", "offset", "queued", "state", "weights")

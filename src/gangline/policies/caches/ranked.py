@@ -56,10 +56,13 @@ class GroupedCache(CachePolicy):
         if self.quotas is None:
             yield 0
             return
-        sizes = [len(self._groups[i]) + (i == layer) for i in range(len(self.quotas))]
-        excess = [size - quota for size, quota in zip(sizes, self.quotas, strict=True)]
-        over = (i for i, e in enumerate(excess) if e > 0)
-        yield from sorted(over, key=lambda i: (-excess[i], i != layer))
+        yield from over_quota([len(self._groups[i]) for i in range(len(self.quotas))], self.quotas, layer)
+
+
+def over_quota(sizes: Sequence[int], quotas: Sequence[int], layer: int) -> list[int]:
+    """Return the layers over their quota, furthest first; ``sizes`` holds residents, ``layer`` a newcomer."""
+    excess = [size + (i == layer) - quota for i, (size, quota) in enumerate(zip(sizes, quotas, strict=True))]
+    return sorted((i for i, e in enumerate(excess) if e > 0), key=lambda i: (-excess[i], i != layer))
 
 
 class RankedCache(GroupedCache):

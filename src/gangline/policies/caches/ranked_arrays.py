@@ -76,15 +76,23 @@ class ArrayRankedCache(GroupedCache):
 
     def pick(self, group: int, evictable: Evictable) -> ExpertKey | None:
         """Return the evictable resident of the lowest rank."""
+        return self.lowest(self._ranks(group), group * self._width, evictable)
+
+    def _ranks(self, group: int) -> Table:
+        """Return the priorities of a group now, flat; infinity where nothing is."""
         ranking_X = self._ranking.get(group)
         if ranking_X is None:
             layers = slice(None) if self.quotas is None else slice(group, group + 1)
             shown_LE = np.where(self._here_LE[layers], self.priorities(layers), np.inf)
             ranking_X = self._ranking[group] = shown_LE.ravel()
+        return ranking_X
+
+    def lowest(self, ranking_X: Table, first: int, evictable: Evictable) -> ExpertKey | None:
+        """Return the evictable expert of the lowest rank in a part of a ranking that begins at ``first``."""
         passed: list[tuple[int, float]] = []
         found = None
-        while found is None and (at := self._lowest(ranking_X, group * self._width)) is not None:
-            key = ExpertKey(*divmod(group * self._width + at, self._width))
+        while found is None and (at := self._lowest(ranking_X, first)) is not None:
+            key = ExpertKey(*divmod(first + at, self._width))
             if evictable(key):
                 found = key
             else:

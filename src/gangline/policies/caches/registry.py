@@ -22,6 +22,7 @@ from gangline.policies.caches.lookahead_belady import LookaheadBelady
 from gangline.policies.caches.lru import LRU
 from gangline.policies.caches.moe_infinity import MoEInfinityCache
 from gangline.policies.caches.mrs import MRS
+from gangline.policies.caches.phased import PhasedCache
 from gangline.policies.caches.protocol import CachePolicy
 from gangline.policies.caches.quotas import layer_quotas
 from gangline.policies.caches.random_eviction import RandomEviction
@@ -69,6 +70,7 @@ CACHES: dict[str, Callable[..., CachePolicy]] = {
     "random": lambda s, seed=0: RandomEviction(seed),
     "static-hot": _hot,
     "hobbit": lambda s, weights=(0.25, 0.25, 0.25, 0.25): HobbitCache(s.experts, weights, s.quotas),
+    "phased": lambda s, weights=(0.25, 0.25, 0.25, 0.25): PhasedCache(s.slots, s.top_k, s.experts, weights),
     "mrs": _mrs,
     "moe-infinity": lambda s, eps=1e-4: MoEInfinityCache(s.experts, s.quotas, eps=eps),
     "fate": lambda s, shallow=3: FateCache(s.slots, s.top_k, s.experts, shallow),

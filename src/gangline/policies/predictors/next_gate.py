@@ -47,13 +47,20 @@ class NextGate(Predictor):
             several layers at once if they are :class:`Several`.
         ahead: layers to forecast (p).
         top_k: if given, tokens vote with their top-k scores only.
+        most_tokens: no forecast of passes over more tokens, which ask for most experts anyway.
     """
 
     needs = frozenset({"gate_input"})
     source = "next-gate"
 
-    def __init__(self, gates: Sequence[Gate], ahead: int = 1, top_k: int | None = None) -> None:
-        self.gates, self.ahead, self.top_k = gates, ahead, top_k
+    def __init__(
+        self,
+        gates: Sequence[Gate],
+        ahead: int = 1,
+        top_k: int | None = None,
+        most_tokens: int | None = None,
+    ) -> None:
+        self.gates, self.ahead, self.top_k, self.most_tokens = gates, ahead, top_k, most_tokens
         self._several = gates if isinstance(gates, Several) else None
 
     def after_gate(self, event: RoutingEvent) -> list[Forecast]:
@@ -67,8 +74,10 @@ class NextGate(Predictor):
                 "the next-gate predictor needs gate inputs; record the trace with them, "
                 "or choose another predictor"
             )
+        if self.most_tokens is not None and event.tokens > self.most_tokens:
+            return []
         layers = range(event.layer + 1, min(event.layer + self.ahead + 1, len(self.gates)))
-        if event.tokens == 1 and self.top_k is None and self._several is not None and layers:
+        if event.tokens == 1 and self._several is not None and layers:
             ranked_L = self._several.ranked(layers, event.detail.gate_input_TD)
             if ranked_L is not None:
                 return [
@@ -81,8 +90,9 @@ class NextGate(Predictor):
     def _forecast(
         self, event: RoutingEvent, layer: int, experts: Sequence[int], scores: Sequence[float]
     ) -> Forecast:
-        if scores[-1] <= 0:
-            scores = [score for score in scores if score > 0]
+        least = 0.0 if self.top_k is None else scores[min(self.top_k, len(scores)) - 1]
+        if scores[-1] < least or scores[-1] <= 0:
+            scores = [score for score in scores if score >= least and score > 0]
             experts = experts[: len(scores)]
         horizon = layer - event.layer
         return Forecast(event.step, layer, tuple(experts), tuple(scores), horizon=horizon, source=self.source)

@@ -31,8 +31,10 @@ def _oracle(g: MoEGeometry, events: Sequence[RoutingEvent], ahead: int | None = 
     return Oracle(events, ahead)
 
 
-def _next_gate(g: MoEGeometry, gates: Sequence[Gate], ahead: int = 1) -> Predictor:
-    return NextGate(gates, ahead, _top_k(g))
+def _next_gate(
+    g: MoEGeometry, gates: Sequence[Gate], ahead: int = 1, most_tokens: int | None = None
+) -> Predictor:
+    return NextGate(gates, ahead, _top_k(g), most_tokens)
 
 
 def _sida(g: MoEGeometry, network: Any) -> Predictor:
