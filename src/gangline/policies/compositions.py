@@ -166,8 +166,8 @@ def read_composition(path: Path) -> Composition:
 
     Keys: ``like`` (a name to begin from; default ``layer-lru``, which reads nothing ahead), ``cache``,
     ``predictor``, ``prefetcher`` and ``precision`` (a name, or a mapping with ``name`` and the part's own
-    parameters), ``scope``, ``ahead``, ``unlike``. Schedules and batching cannot be changed: they are not parts
-    that every engine has.
+    parameters), ``scope``, ``ahead``, ``unlike``. Schedules and batching cannot be changed: they are not
+    parts that every engine has.
 
     Raises:
         UsageError: the file cannot be read, or has another key or a value of the wrong kind.
