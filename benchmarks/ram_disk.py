@@ -17,8 +17,8 @@ are the model's top 8. llama.cpp cannot follow a trace; there the policies stand
 `moe-infinity` what earlier sequences used; --also adds others to the uniform part, for example hobbit-exact,
 and hobbit with its two precisions, which is approximate: it may read copies in int2 or leave experts out.
 --tune lets ``gangline tune`` choose for each budget first and runs its choice too. "share of the bound":
-bytes read over the fastest random reads of expert size that the disk showed anywhere at that budget, a side at
-work included. Needs Linux
+bytes read over the fastest random reads of expert size that the disk showed anywhere at that budget, a side
+at work included. Needs Linux
 and root, and: pip install "gangline[gguf]" llama-cpp-python
 """
 
