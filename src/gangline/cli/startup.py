@@ -17,7 +17,16 @@ from typing import Any
 
 # What transformers imports first, and has shared libraries of its own: the system's linker works on one at a
 # time, so that Python would wait for torch's at the first of them.
-_WITH_LIBRARIES = ("regex", "numpy", "ctypes", "huggingface_hub.hf_api", "jinja2", "PIL.Image", "yaml")
+_WITH_LIBRARIES = (
+    "regex",
+    "numpy",
+    "ctypes",
+    "asyncio",
+    "huggingface_hub.hf_api",
+    "jinja2",
+    "PIL.Image",
+    "yaml",
+)
 
 _COMPUTING = (
     "transformers.modeling_utils",
