@@ -8,7 +8,7 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
@@ -38,30 +38,42 @@ _COMPUTING = (
 )
 
 
-def import_libraries() -> None:
+def import_libraries(meanwhile: Callable[[], object] = lambda: None) -> None:
     """Import what every command needs that computes with a model.
+
+    Args:
+        meanwhile: called once, by the second thread when it has nothing else to do.
 
     Three things make it quicker than the plain statements: no garbage is looked for (there is none: modules
     stay), torch's shared library is mapped by a second thread while transformers looks through its model
     files, for which it needs no torch, and it looks through them once instead of twice.
     """
     if "torch" in sys.modules:
+        meanwhile()
         return
-    mapping = threading.Thread(target=_map_torch, name="gangline-map-torch", daemon=True)
+
+    def work() -> None:
+        _map_torch()
+        mapped.set()
+        meanwhile()
+
+    mapped = threading.Event()
+    second = threading.Thread(target=work, name="gangline-second", daemon=True)
     with _uncollected():
         for name in _WITH_LIBRARIES:
             with suppress(ImportError):
                 import_module(name)
-        mapping.start()
+        second.start()
         import transformers
 
         with _one_look_at_models(transformers):
             import transformers.models
-        mapping.join()
+        mapped.wait()
         for name in _COMPUTING:
             import_module(name)
         # transformers imports it only when somebody asks for it.
         _ = transformers.generation.GenerationMixin  # type: ignore[attr-defined]
+        second.join()
 
 
 @contextmanager

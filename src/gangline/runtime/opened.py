@@ -40,7 +40,7 @@ from gangline.runtime.dense_packing import (
 )
 from gangline.runtime.files import ALIGN
 from gangline.runtime.footprint import Copies, Footprint, measure_footprint
-from gangline.runtime.read_plan import plan_reads
+from gangline.runtime.read_plan import read_sizes
 from gangline.runtime.scratch import native_scratch
 
 # 8.125, 6.25, 4.25, 3.25 and 2.25 bits per weight, and a scale of each row. Byte scales (the letter d) cost
@@ -281,14 +281,6 @@ def experts_modules(view: MoEView) -> list[ExpertsModule]:
 def largest_reads(catalog: ExpertCatalog, align: int) -> list[int]:
     """Return, for each layer, the bytes of the slots that its experts get."""
     return _level(read_sizes(catalog, align))
-
-
-def read_sizes(catalog: ExpertCatalog, align: int) -> list[int]:
-    """Return, for each layer, the slot bytes that its largest expert needs."""
-    sizes = [0] * len(catalog.layouts)
-    for key, extents in catalog.extents.items():
-        sizes[key.layer] = max(sizes[key.layer], _up(plan_reads(extents, align).nbytes, ALIGN))
-    return sizes
 
 
 def _level(sizes: Sequence[int]) -> list[int]:

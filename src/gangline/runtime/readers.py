@@ -71,12 +71,15 @@ class Readers:
             PythonReads(files) if core is None or not hasattr(core, "ReadPool") else NativeReads(files, core)
         )
         self.submit, self.change, self.cancel = self._pool.submit, self._pool.change, self._pool.cancel
-        self._threads = [
-            threading.Thread(target=self._run, name=f"gangline-reader-{i}", daemon=True)
-            for i in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        self.add(threads)
+
+    def add(self, threads: int) -> None:
+        """Read with so many threads more."""
+        for _ in range(threads):
+            name = f"gangline-reader-{len(self._threads)}"
+            self._threads.append(threading.Thread(target=self._run, name=name, daemon=True))
+            self._threads[-1].start()
 
     def close(self) -> None:
         """Stop the threads after the chunks under way."""

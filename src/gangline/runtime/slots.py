@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from enum import Enum, auto
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from gangline.core.errors import BudgetError
 from gangline.core.keys import ExpertKey
@@ -13,6 +13,9 @@ from gangline.core.sizes import format_size
 from gangline.kernels.cpu.huge_pages import map_anonymous
 from gangline.policies.caches import CachePolicy
 from gangline.runtime.readers import Ticket
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class SlotState(Enum):
@@ -64,10 +67,15 @@ class SlotPool:
                 f"cannot map {format_size(slot_bytes * count)} for expert slots: {error}"
             ) from error
         self.view = memoryview(self._map)
-        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self.address = self._bytes.data_ptr()
+        self.address = int(np.frombuffer(self._map, dtype=np.uint8).ctypes.data)
 
-    def raw(self, slot: Slot, fields: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+    @cached_property
+    def _bytes(self) -> "Tensor":
+        import torch  # not before: reading may begin while it is still being imported
+
+        return torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def raw(self, slot: Slot, fields: Sequence[tuple[int, int]]) -> "tuple[Tensor, ...]":
         """Return the fields of a slot as uint8 tensors over its bytes."""
         base = slot.offset
         return tuple(self._bytes[base + place : base + place + nbytes] for place, nbytes in fields)

@@ -10,9 +10,7 @@ the next read into its slot begins when the first has ended.
 import logging
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from gangline.core.errors import PackError, StoreError
 from gangline.core.events import RoutingEvent
@@ -30,9 +28,12 @@ from gangline.runtime.readers import Readers, Ticket
 from gangline.runtime.slots import Slot, SlotPool, SlotState
 from gangline.runtime.stats import StoreStats
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 logger = logging.getLogger(__name__)
 
-Bind = Callable[[int, Sequence[Tensor]], Any]
+Bind = Callable[[int, "Sequence[Tensor]"], Any]
 
 
 class ExpertStore:
@@ -179,6 +180,24 @@ class ExpertStore:
         for key, slot, ticket in unbound:
             self._finish(key, slot, ticket)
 
+    def read_with(self, more: int) -> None:
+        """Read with so many threads more."""
+        self._readers.add(more)
+
+    def follow(self, policies: Sequence[CachePolicy]) -> None:
+        """Go on with other cache policies, one for each pool; they are told of the experts that have slots."""
+        with self._lock:
+            for pool, policy in zip(self._all_pools, policies, strict=True):
+                pool.policy = policy
+            for key in self._table:
+                self._pools[key.layer].policy.admitted(key)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of the slots that are filled and wait for :meth:`bind_with`."""
+        with self._lock:
+            return sum(self._pools[key.layer].slot_bytes for key, _, _ in self._unbound)
+
     @property
     def under_way(self) -> int:
         """Number of experts that are requested and not there yet."""
@@ -309,8 +328,7 @@ class ExpertStore:
             if ticket in self._draining:
                 self._drained(slot, ticket)
                 return
-        raws = self._pools[key.layer].raw(slot, ticket.plan.fields)
-        error: Exception | None = ticket.error or self._verify(key, raws)
+        error: Exception | None = ticket.error or self._verify(key, slot, ticket.plan)
         with self._lock:
             bind = self._bind
             if bind is None:
@@ -319,7 +337,7 @@ class ExpertStore:
         weights = None
         if error is None:
             try:
-                weights = bind(key.layer, raws)
+                weights = bind(key.layer, self._pools[key.layer].raw(slot, ticket.plan.fields))
             except Exception as raised:  # noqa: BLE001 - the thread that waits for this expert must see it
                 error = raised
         with self._changed:
@@ -339,13 +357,13 @@ class ExpertStore:
             self._readers.submit(queued)
         self._changed.notify_all()
 
-    def _verify(self, key: ExpertKey, raws: Sequence[Tensor]) -> PackError | None:
+    def _verify(self, key: ExpertKey, slot: Slot, plan: ReadPlan) -> PackError | None:
         """Check an expert against its checksum the first time it is read in this process."""
         if key not in self._unverified:
             return None
-        crc = 0
-        for raw in raws:
-            crc = crc32(raw.numpy(), crc)
+        crc, view = 0, self._pools[key.layer].view
+        for place, nbytes in plan.fields:
+            crc = crc32(view[slot.offset + place : slot.offset + place + nbytes], crc)
         assert self._catalog.checksums is not None
         if crc != self._catalog.checksums[key]:
             path = self._catalog.files[self._catalog.extents[key][0].file]
