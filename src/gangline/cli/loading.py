@@ -49,9 +49,7 @@ def loaded(
 
 
 @contextmanager
-def _head_start(
-    model: str, budget: BudgetOptions, compute: ComputeOptions
-) -> Iterator["HeadStart | None"]:
+def _head_start(model: str, budget: BudgetOptions, compute: ComputeOptions) -> Iterator["HeadStart | None"]:
     """Give what can read experts while libraries are imported, if this may be done with these options."""
     if budget.memory is not None or budget.dtype is not None or budget.device not in (None, "cpu"):
         yield None

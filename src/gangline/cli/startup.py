@@ -28,52 +28,60 @@ _WITH_LIBRARIES = (
     "yaml",
 )
 
-_COMPUTING = (
+_THEIRS = (
     "transformers.modeling_utils",
     "transformers.generation",
     "transformers.models.auto.tokenization_auto",
-    "gangline.evaluation.generation",
-    "gangline.evaluation.plain",
-    "gangline.api",
 )
+_OURS = ("gangline.evaluation.generation", "gangline.evaluation.plain", "gangline.api")
 
 
 def import_libraries(meanwhile: Callable[[], object] = lambda: None) -> None:
     """Import what every command needs that computes with a model.
 
     Args:
-        meanwhile: called once, by the second thread when it has nothing else to do.
+        meanwhile: called once, by a second thread when torch's library is mapped.
+    """
+    if "torch" in sys.modules:
+        meanwhile()
+        return
+    with _uncollected():
+        import_torch_and_transformers(meanwhile)
+        for name in _OURS:
+            import_module(name)
+
+
+def import_torch_and_transformers(meanwhile: Callable[[], object]) -> None:
+    """The part of :func:`import_libraries` that is not ours.
 
     Three things make it quicker than the plain statements: no garbage is looked for (there is none: modules
     stay), torch's shared library is mapped by a second thread while transformers looks through its model
     files, for which it needs no torch, and it looks through them once instead of twice.
     """
-    if "torch" in sys.modules:
-        meanwhile()
-        return
 
     def work() -> None:
-        _map_torch()
-        mapped.set()
+        try:
+            _map_torch()
+        finally:
+            mapped.set()
         meanwhile()
 
     mapped = threading.Event()
     second = threading.Thread(target=work, name="gangline-second", daemon=True)
-    with _uncollected():
-        for name in _WITH_LIBRARIES:
-            with suppress(ImportError):
-                import_module(name)
-        second.start()
-        import transformers
-
-        with _one_look_at_models(transformers):
-            import transformers.models
-        mapped.wait()
-        for name in _COMPUTING:
+    for name in _WITH_LIBRARIES:
+        with suppress(ImportError):
             import_module(name)
-        # transformers imports it only when somebody asks for it.
-        _ = transformers.generation.GenerationMixin  # type: ignore[attr-defined]
-        second.join()
+    second.start()
+    import transformers
+
+    with _one_look_at_models(transformers):
+        import transformers.models
+    mapped.wait()
+    for name in _THEIRS:
+        import_module(name)
+    # transformers imports it only when somebody asks for it.
+    _ = transformers.generation.GenerationMixin  # type: ignore[attr-defined]
+    second.join()
 
 
 @contextmanager

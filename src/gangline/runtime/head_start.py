@@ -9,7 +9,6 @@ for the very same contents; otherwise it is closed and the record forgotten.
 import hashlib
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -166,5 +165,5 @@ def _field(shape: list[int], **others: Any) -> FieldSpec:
 
 
 def _stat(path: Path) -> list[int]:
-    found = os.stat(path)
+    found = path.stat()
     return [found.st_size, found.st_mtime_ns]

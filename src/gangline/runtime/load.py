@@ -28,7 +28,6 @@ from gangline.runtime.files import IOMode
 from gangline.runtime.filling import begin_filling, open_store, wait_for_all
 from gangline.runtime.footprint import Copies, Footprint
 from gangline.runtime.gpu_experts import GpuExperts, place_experts
-from gangline.runtime.hash_execution import execute_predictions
 from gangline.runtime.mixed import with_copies
 from gangline.runtime.native_decode import enable_native_decode
 from gangline.runtime.native_generate import enable_native_generate
@@ -107,6 +106,8 @@ def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
         raise
     model_run.gangline.identity = opened.identity  # type: ignore[union-attr]
     if asked.mode == "execute":
+        from gangline.runtime.hash_execution import execute_predictions
+
         execute_predictions(model_run, policy or DEFAULT)
     return model_run
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gangline.core.layout import Extent, ExpertCatalog
+from gangline.core.layout import ExpertCatalog, Extent
 from gangline.runtime.files import ALIGN
 
 CHUNK = 4 << 20

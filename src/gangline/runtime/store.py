@@ -185,7 +185,7 @@ class ExpertStore:
         self._readers.add(more)
 
     def follow(self, policies: Sequence[CachePolicy]) -> None:
-        """Go on with other cache policies, one for each pool; they are told of the experts that have slots."""
+        """Go on with other cache policies, one for each pool, that are told which experts have slots."""
         with self._lock:
             for pool, policy in zip(self._all_pools, policies, strict=True):
                 pool.policy = policy
