@@ -90,8 +90,10 @@ def test_the_second_thread_does_something_else_meanwhile():
     code = (
         "import sys, threading\n"
         "from gangline.cli.startup import import_libraries\n"
-        "import_libraries(lambda: print(threading.current_thread() is threading.main_thread()))\n"
-        "import_libraries(lambda: print(threading.current_thread() is threading.main_thread()))\n"
+        "done = threading.Event()\n"
+        "def say():\n"
+        "    print(threading.current_thread() is threading.main_thread()); done.set()\n"
+        "import_libraries(say); done.wait(); import_libraries(say)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]

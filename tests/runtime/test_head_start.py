@@ -80,14 +80,11 @@ def test_the_store_has_every_expert_where_it_was_to_be(contents):
     store.close()
 
 
-def test_filled_memory_is_counted_once_it_is_taken(contents):
+def test_memory_is_counted_while_it_is_taken(contents):
     start = begun(contents)
-    store = start._store
-    while store.waiting_bytes < sum(size * count for size, count, _ in contents.pools):
-        pass
-    assert start.filled_bytes == store.waiting_bytes
+    assert start.taken_bytes == sum(size * count for size, count, _ in contents.pools)
     start.close()
-    assert start.filled_bytes == 0
+    assert start.taken_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -191,7 +188,7 @@ def test_memory_of_the_head_start_is_no_memory_of_the_process(monkeypatch, seed)
     monkeypatch.setattr(options.psutil, "virtual_memory", lambda: memory)
     monkeypatch.setattr(options.psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: memory))
     config = tiny_model("olmoe", seed=seed).config
-    start = SimpleNamespace(filled_bytes=filled)
+    start = SimpleNamespace(taken_bytes=filled)
     plain = options.plan_request(options.LoadOptions(), config, model="m")
     ahead = options.plan_request(options.LoadOptions(head_start=start), config, model="m")
     assert plain.process - ahead.process == filled

@@ -81,7 +81,6 @@ def import_torch_and_transformers(meanwhile: Callable[[], object]) -> None:
         import_module(name)
     # transformers imports it only when somebody asks for it.
     _ = transformers.generation.GenerationMixin  # type: ignore[attr-defined]
-    second.join()
 
 
 @contextmanager

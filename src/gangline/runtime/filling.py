@@ -56,8 +56,8 @@ def begin_filling(
     if any(slot_layout(layout) != layout for layout in catalog.layouts):
         return None
     needed = plan.slot_bytes + plan.dense + plan.load_extra
-    filled = 0 if head_start is None else head_start.filled_bytes
-    if needed > psutil.virtual_memory().available + filled:
+    taken = 0 if head_start is None else head_start.taken_bytes
+    if needed > psutil.virtual_memory().available + taken:
         return None
     contents, caches = _contents(plan, catalog, io), live_parts(DEFAULT, view, plan).caches
     if head_start is not None:

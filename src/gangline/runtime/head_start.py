@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -44,43 +45,84 @@ class HeadStart:
         self._name = f"{digest[:24]}.json"
         self._store: ExpertStore | None = None
         self._contents: Contents | None = None
+        self._taken = 0
+        self._over = threading.Event()  # claimed or closed
+        self._opening, self._taking = threading.Lock(), threading.Lock()
 
     def begin(self) -> None:
-        """Begin to read with one thread, if it is known what, and if that still lies there unchanged.
+        """Take memory and begin to read, if it is known what, and if that still lies there unchanged.
 
-        Without room for it, or with a record that cannot be used, nothing happens.
+        Without room for it, or with a record that cannot be used, nothing happens. May run in any thread; it
+        goes on until it has the memory or somebody calls :meth:`claim` or :meth:`close`.
         """
+        with self._taking:
+            with self._opening:
+                store = None if self._over.is_set() else self._open()
+            if store is None:
+                return
+            for taken in store.take_pages():
+                self._taken += taken
+                if self._over.is_set():
+                    return
+        with self._opening:
+            if not self._over.is_set():
+                store.read_with(1)
+
+    def _open(self) -> ExpertStore | None:
+        """Return a store in which everything is asked for and nothing is read yet."""
         try:
             record = json.loads(self._file().read_text(encoding="utf-8"))
             contents = _contents(record)
             if psutil.virtual_memory().available < int(record["memory"]):
-                return
-            self._store = open_contents(contents, [FIFO() for _ in contents.pools], threads=1)
+                return None
+            store = open_contents(contents, [FIFO() for _ in contents.pools], threads=0)
         except FileNotFoundError:
-            return
+            return None
         except (OSError, ValueError, LookupError, TypeError, AttributeError, GanglineError) as error:
             logger.debug("no head start: %s", error)
-            return
-        self._contents = contents
-        request_all(self._store, contents.catalog)
+            return None
+        request_all(store, contents.catalog)
+        self._store, self._contents = store, contents
+        return store
 
     @property
-    def filled_bytes(self) -> int:
-        """Bytes of memory that experts have taken so far (a lower bound)."""
-        return 0 if self._store is None else self._store.waiting_bytes
+    def taken_bytes(self) -> int:
+        """Bytes of memory that slots have taken so far."""
+        return self._taken
 
     def claim(self, contents: Contents, caches: Sequence[CachePolicy]) -> ExpertStore | None:
         """Return the store that is being filled, if it has just these contents; else close it.
 
         It is the caller's then. ``caches``: its policies from now on, one for each kind of slot.
         """
-        if self._store is None or self._contents != contents:
-            self.close()
+        store = self._end()
+        if store is None or self._contents != contents:
+            self._discard(store)
             return None
-        store, self._store = self._store, None
         store.follow(caches)
-        store.read_with(IO_THREADS - 1)
+        store.read_with(IO_THREADS)
         return store
+
+    def close(self) -> None:
+        """Stop reading what nobody has claimed, free its memory, and forget the record that misled."""
+        self._discard(self._end())
+
+    def _end(self) -> ExpertStore | None:
+        """Let :meth:`begin` come to its end, and return its store, once."""
+        self._over.set()
+        with self._taking, self._opening:
+            store, self._store = self._store, None
+            return store
+
+    def _discard(self, store: ExpertStore | None) -> None:
+        self._taken = 0
+        if store is None:
+            return
+        store.close()
+        try:
+            self._file().unlink(missing_ok=True)
+        except OSError as error:
+            logger.debug("a record that misleads stays: %s", error)
 
     def remember(self, contents: Contents, memory: int) -> None:
         """Write down what a store was opened with, for the next time.
@@ -99,17 +141,6 @@ class HeadStart:
             Path(part.name).replace(file)
         except OSError as error:
             logger.debug("no head start the next time: %s", error)
-
-    def close(self) -> None:
-        """Stop reading what nobody has claimed, free its memory, and forget the record that misled."""
-        store, self._store = self._store, None
-        if store is None:
-            return
-        store.close()
-        try:
-            self._file().unlink(missing_ok=True)
-        except OSError as error:
-            logger.debug("a record that misleads stays: %s", error)
 
     def _file(self) -> Path:
         return cache_dir("starts") / self._name

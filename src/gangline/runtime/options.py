@@ -83,7 +83,7 @@ def plan_request(
         UsageError: a size cannot be read, or chunks of a prompt are asked for where they change the answer.
     """
     context = options.ctx_size or context or _usual_context(config)
-    slots = 0 if options.head_start is None else options.head_start.filled_bytes
+    slots = 0 if options.head_start is None else options.head_start.taken_bytes
     return PlanRequest(
         model=model,
         budget=None if options.memory is None else parse_size(options.memory),

@@ -1,6 +1,7 @@
 """Slots: places of one size for one expert each, in one anonymous mapping."""
 
-from collections.abc import Sequence
+import mmap
+from collections.abc import Iterator, Sequence
 from enum import Enum, auto
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from gangline.runtime.readers import Ticket
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_PIECE = 32 << 20  # of memory that is taken at once
 
 
 class SlotState(Enum):
@@ -68,6 +71,19 @@ class SlotPool:
             ) from error
         self.view = memoryview(self._map)
         self.address = int(np.frombuffer(self._map, dtype=np.uint8).ctypes.data)
+
+    def take_pages(self) -> Iterator[int]:
+        """Take all physical pages piece by piece, in this thread and mostly without holding the interpreter.
+
+        Where a read does that, the system holds the lock of the whole address space for every page, and a
+        thread that imports libraries meanwhile waits for it at every file that it maps. Nothing may have been
+        read into the slots yet. Yields the bytes of each piece.
+        """
+        whole = np.frombuffer(self._map, dtype=np.uint8)
+        for begin in range(0, len(whole), _PIECE):
+            piece = whole[begin : begin + _PIECE]
+            piece[:: mmap.PAGESIZE] = 0
+            yield len(piece)
 
     @cached_property
     def _bytes(self) -> "Tensor":

@@ -9,7 +9,7 @@ the next read into its slot begins when the first has ended.
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gangline.core.errors import PackError, StoreError
@@ -192,11 +192,10 @@ class ExpertStore:
             for key in self._table:
                 self._pools[key.layer].policy.admitted(key)
 
-    @property
-    def waiting_bytes(self) -> int:
-        """Bytes of the slots that are filled and wait for :meth:`bind_with`."""
-        with self._lock:
-            return sum(self._pools[key.layer].slot_bytes for key, _, _ in self._unbound)
+    def take_pages(self) -> Iterator[int]:
+        """Take the physical pages of all slots; see :meth:`SlotPool.take_pages`."""
+        for pool in self._all_pools:
+            yield from pool.take_pages()
 
     @property
     def under_way(self) -> int:
