@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,10 +18,11 @@ from gangline.core.keys import ExpertKey
 from gangline.core.layout import ExpertCatalog
 from gangline.policies.caches.fifo import FIFO
 from gangline.runtime import head_start as module
-from gangline.runtime import options
+from gangline.runtime import options, slots
 from gangline.runtime.filling import wait_for_all
 from gangline.runtime.head_start import HeadStart
 from gangline.runtime.read_plan import read_sizes
+from gangline.runtime.store import ExpertStore
 from gangline.runtime.store_opening import Contents, open_contents
 from runtime.store_rig import expected_bytes, make_catalog
 from tiny_models import tiny_model
@@ -230,3 +232,43 @@ def test_a_load_that_wants_something_else_opens_a_store_of_its_own(saved):
     assert begun_store is not used
     assert begun_store._closed
     assert found.shape == wanted.shape
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 3, 100])
+def test_it_may_be_claimed_while_it_takes_memory(contents, monkeypatch, pieces):
+    """``pieces``: of memory that it has taken when somebody claims it; the rest comes with the reads."""
+    monkeypatch.setattr(slots, "_PIECE", 8192)
+    HeadStart("model", None).remember(contents, 0)
+    start = HeadStart("model", None)
+    reached, real = threading.Event(), ExpertStore.take_pages
+
+    def take_pages(store):
+        for number, taken in enumerate(real(store)):
+            if number >= pieces:
+                reached.set()
+                start._over.wait()
+            yield taken
+        reached.set()
+
+    monkeypatch.setattr(ExpertStore, "take_pages", take_pages)
+    thread = threading.Thread(target=start.begin)
+    thread.start()
+    assert reached.wait(30)
+    store = start.claim(contents, [FIFO(), FIFO()])
+    thread.join(30)
+    assert not thread.is_alive()
+    store.bind_with(lambda layer, raws: raws)
+    wait_for_all(store, contents.catalog, False)
+    for key in contents.catalog.extents:
+        for field, raw in enumerate(store.bound(key)):
+            assert raw.numpy().tobytes() == expected_bytes(key, field).tobytes()
+    store.close()
+
+
+def test_what_is_closed_before_it_begins_never_begins(contents):
+    HeadStart("model", None).remember(contents, 0)
+    start = HeadStart("model", None)
+    start.close()
+    start.begin()
+    assert start._store is None
+    assert record().exists()
