@@ -43,6 +43,7 @@ void bind_reads(nb::module_& m) {
     nb::class_<ReadPool>(m, "ReadPool", "Reads that no interpreter has to start.")
         .def(nb::init<std::vector<int>, std::vector<int>, std::size_t, int>(), nb::arg("descriptors"), nb::arg("warm"),
              nb::arg("align"), nb::arg("threads"))
+        .def("add", &ReadPool::add, nb::arg("threads"), "Read with so many threads more.")
         .def("submit", &submit, nb::arg("ticket"), nb::arg("priority"), nb::arg("to"), nb::arg("chunks"), nb::arg("checked"),
              nb::arg("crc"),
              "Queue a read of chunks (file, offset, length, wanted, place) to the address `to` + place. The CRC-32 of the parts "

@@ -24,14 +24,18 @@ bool holds(const Checksum& checksum) {
 
 ReadPool::ReadPool(std::vector<int> descriptors, std::vector<int> warm, std::size_t align, int threads)
     : descriptors_(std::move(descriptors)), warm_(std::move(warm)), align_(align) {
+    add(threads);
+}
+
+ReadPool::~ReadPool() { close(); }
+
+void ReadPool::add(int threads) {
     for (int i = 0; i < threads; ++i)
         threads_.emplace_back([this] {
             while (work()) {
             }
         });
 }
-
-ReadPool::~ReadPool() { close(); }
 
 void ReadPool::submit(std::int64_t ticket, int priority, std::vector<ReadChunk> chunks, Checksum checksum) {
     const std::size_t count = chunks.size();

@@ -48,6 +48,8 @@ public:
     ReadPool(const ReadPool&) = delete;
     ReadPool& operator=(const ReadPool&) = delete;
 
+    // Reads with so many threads more.
+    void add(int threads);
     // Queues a read. Lower priorities go first, among equals the older.
     void submit(std::int64_t ticket, int priority, std::vector<ReadChunk> chunks, Checksum checksum);
     // Changes the urgency of a read; chunks that are under way finish as they are. False if all have begun.

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from evaluation.tiny_text import saved_model, tiny_tokenizer
+from gangline.runtime.head_start import HeadStart
 
 FAMILY = "olmoe"
 
@@ -149,3 +150,35 @@ def test_chat_goes_on_when_the_context_is_full(gangline, folder, plain):
 def test_chat_in_json_is_one_document_per_turn(gangline, folder):
     result = gangline("chat", folder, "--json", "-n", "3", input="hi\n")
     assert json.loads(result.stdout)["user"] == "hi"
+
+
+def test_the_second_command_begins_to_read_early_and_answers_the_same(
+    gangline, folder, plain, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("GANGLINE_HOME", str(tmp_path))
+    claimed = []
+    real = HeadStart.claim
+    monkeypatch.setattr(
+        HeadStart, "claim", lambda self, *args: claimed.append(real(self, *args)) or claimed[-1]
+    )
+    for _ in range(2):
+        result = gangline("run", folder, "the cat", "--raw", "-n", "6", "--precision", "int8")
+        assert result.exit_code == 0, result.stderr
+    first, second = claimed
+    assert first is None
+    assert second is not None
+    told = [gangline("run", folder, "the cat", "--raw", "-n", "6").stdout for _ in range(2)]
+    assert told == [plain("the cat", 6) + "\n"] * 2
+
+
+@pytest.mark.parametrize("option", [("--memory", "4GiB"), ("--dtype", "fp32"), ("--io", "cached")])
+def test_another_question_claims_nothing(gangline, folder, monkeypatch, option):
+    gangline("run", folder, "the cat", "--raw", "-n", "2")
+    claimed = []
+    real = HeadStart.claim
+    monkeypatch.setattr(
+        HeadStart, "claim", lambda self, *args: claimed.append(real(self, *args)) or claimed[-1]
+    )
+    result = gangline("run", folder, "the cat", "--raw", "-n", "2", *option)
+    assert result.exit_code == 0, result.stderr
+    assert claimed in ([], [None])

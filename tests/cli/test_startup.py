@@ -84,3 +84,27 @@ def test_maps_what_is_there(monkeypatch, tmp_path, missing):
         (tmp_path / "torch" / "lib" / name).write_bytes(b"")
     startup._map_torch()
     assert opened == (names if missing is None else [])
+
+
+def test_the_second_thread_does_something_else_meanwhile():
+    code = (
+        "import sys, threading\n"
+        "from gangline.cli.startup import import_libraries\n"
+        "done = threading.Event()\n"
+        "def say():\n"
+        "    print(threading.current_thread() is threading.main_thread()); done.set()\n"
+        "import_libraries(say); done.wait(); import_libraries(say)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
+def test_a_library_that_cannot_be_mapped_stops_nobody():
+    code = (
+        "from gangline.cli import startup\n"
+        "startup._map_torch = lambda: 1 // 0\n"
+        "startup.import_libraries()\n"
+        "import torch; print(torch.ones(2).sum().item())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2.0"]

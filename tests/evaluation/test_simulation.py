@@ -38,7 +38,7 @@ def recorded(tmp_path_factory):
 @pytest.mark.parametrize("slots", [12, 15, 20, 24])
 def test_decoding_hits_what_the_simulator_says(recorded, slots):
     folder, trace = recorded
-    model = gangline.load(folder, expert_slots=slots, progress=False)
+    model = gangline.load(folder, expert_slots=slots, progress=False, policy="layer-lru")
     with fixed_length(model, 20), torch.inference_mode():
         for first in (5, 9):
             model.generate(torch.tensor([[first]]), attention_mask=torch.ones(1, 1, dtype=torch.long))

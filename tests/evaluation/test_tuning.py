@@ -61,7 +61,7 @@ def test_what_is_simulated_is_what_runs(folder, tmp_path):
     pieces = cut_pieces(load_tokenizer(find_checkpoint(folder)), 96, [], prompt=1, following=9, count=3)
     with model.gangline as runtime:
         trace = record_pieces(model, "tiny", pieces, tmp_path / "t")
-        for name in ("default", "freetoken", "towards-moe-deployment"):
+        for name in ("layer-lru", "freetoken", "towards-moe-deployment"):
             runtime.use_policy(name)
             live = run_live(model, pieces)
             settings = SimulationSettings((), ("15",), systems=(name,), oracles=(), link=1e12)

@@ -4,11 +4,15 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from gangline.cli.options import BudgetOptions, ComputeOptions, ModelOptions, PredictionMode
 from gangline.core.errors import CheckpointError
 from gangline.core.sizes import parse_size
+
+if TYPE_CHECKING:
+    from gangline.runtime.head_start import HeadStart
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,39 @@ def loaded(
     """
     from gangline.cli.startup import import_libraries
 
-    import_libraries()
+    with _head_start(model, budget, compute) as head_start:
+        import_libraries(head_start.begin if head_start is not None else lambda: None)
+        loaded_model, tokenizer = _load(model, budget, load_arguments(budget, compute, mode), head_start)
+    try:
+        yield Loaded(loaded_model, tokenizer)
+    finally:
+        loaded_model.gangline.close()
+
+
+@contextmanager
+def _head_start(model: str, budget: BudgetOptions, compute: ComputeOptions) -> Iterator["HeadStart | None"]:
+    """Give what can read experts while libraries are imported, if this may be done with these options."""
+    if budget.memory is not None or budget.dtype is not None or budget.device not in (None, "cpu"):
+        yield None
+        return
+    from gangline.runtime.head_start import HeadStart
+
+    path = Path(model).expanduser()
+    place = str(path.resolve()) if path.exists() else model
+    head_start = HeadStart(place, budget.revision, budget.precision, compute.io)
+    try:
+        yield head_start
+    finally:
+        head_start.close()
+
+
+def _load(
+    model: str, budget: BudgetOptions, arguments: dict[str, Any], head_start: "HeadStart | None"
+) -> tuple[Any, Any]:
+    """Return the model and its tokenizer."""
     from gangline.evaluation.generation import require_generation
     from gangline.evaluation.plain import find_checkpoint, has_tokenizer_files, load_tokenizer
 
-    arguments = load_arguments(budget, compute, mode)
     checkpoint = find_checkpoint(model, budget.revision)
     found: list[Any] = []
 
@@ -55,12 +87,13 @@ def loaded(
             )
     import gangline
 
-    loaded_model = gangline.load(model, meanwhile=read_tokenizer, **arguments)
+    loaded_model = gangline.load(model, meanwhile=read_tokenizer, head_start=head_start, **arguments)
     try:
         require_generation(loaded_model)
-        yield Loaded(loaded_model, found[0])
-    finally:
+    except BaseException:
         loaded_model.gangline.close()
+        raise
+    return loaded_model, found[0]
 
 
 def tokenizer_at_hand(model: str, options: ModelOptions) -> Any | None:

@@ -8,7 +8,7 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,42 +17,70 @@ from typing import Any
 
 # What transformers imports first, and has shared libraries of its own: the system's linker works on one at a
 # time, so that Python would wait for torch's at the first of them.
-_WITH_LIBRARIES = ("regex", "numpy", "ctypes", "huggingface_hub.hf_api", "jinja2", "PIL.Image", "yaml")
+_WITH_LIBRARIES = (
+    "regex",
+    "numpy",
+    "ctypes",
+    "asyncio",
+    "huggingface_hub.hf_api",
+    "jinja2",
+    "PIL.Image",
+    "yaml",
+)
 
-_COMPUTING = (
+_THEIRS = (
     "transformers.modeling_utils",
     "transformers.generation",
     "transformers.models.auto.tokenization_auto",
-    "gangline.evaluation.generation",
-    "gangline.evaluation.plain",
-    "gangline.api",
 )
+_OURS = ("gangline.evaluation.generation", "gangline.evaluation.plain", "gangline.api")
 
 
-def import_libraries() -> None:
+def import_libraries(meanwhile: Callable[[], object] = lambda: None) -> None:
     """Import what every command needs that computes with a model.
+
+    Args:
+        meanwhile: called once, by a second thread when torch's library is mapped.
+    """
+    if "torch" in sys.modules:
+        meanwhile()
+        return
+    with _uncollected():
+        import_torch_and_transformers(meanwhile)
+        for name in _OURS:
+            import_module(name)
+
+
+def import_torch_and_transformers(meanwhile: Callable[[], object]) -> None:
+    """The part of :func:`import_libraries` that is not ours.
 
     Three things make it quicker than the plain statements: no garbage is looked for (there is none: modules
     stay), torch's shared library is mapped by a second thread while transformers looks through its model
     files, for which it needs no torch, and it looks through them once instead of twice.
     """
-    if "torch" in sys.modules:
-        return
-    mapping = threading.Thread(target=_map_torch, name="gangline-map-torch", daemon=True)
-    with _uncollected():
-        for name in _WITH_LIBRARIES:
-            with suppress(ImportError):
-                import_module(name)
-        mapping.start()
-        import transformers
 
-        with _one_look_at_models(transformers):
-            import transformers.models
-        mapping.join()
-        for name in _COMPUTING:
+    def work() -> None:
+        try:
+            _map_torch()
+        finally:
+            mapped.set()
+        meanwhile()
+
+    mapped = threading.Event()
+    second = threading.Thread(target=work, name="gangline-second", daemon=True)
+    for name in _WITH_LIBRARIES:
+        with suppress(ImportError):
             import_module(name)
-        # transformers imports it only when somebody asks for it.
-        _ = transformers.generation.GenerationMixin  # type: ignore[attr-defined]
+    second.start()
+    import transformers
+
+    with _one_look_at_models(transformers):
+        import transformers.models
+    mapped.wait()
+    for name in _THEIRS:
+        import_module(name)
+    # transformers imports it only when somebody asks for it.
+    _ = transformers.generation.GenerationMixin  # type: ignore[attr-defined]
 
 
 @contextmanager

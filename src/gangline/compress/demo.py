@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gangline.compress.demo_artifact import ARTIFACT, FORMAT, file_sha256, read_artifact
+from gangline.compress.demo_files import ARTIFACT, FORMAT, file_sha256
 from gangline.compress.demo_source import GGUF_SHA256, find_gguf
 from gangline.core.errors import CheckpointError, FormatError
 from gangline.core.home import cache_dir
@@ -85,6 +85,7 @@ def demo_made_apart(progress: bool = True) -> Path:
 
 def convert_demo(gguf: Path, folder: Path, *, artifact: Path = ARTIFACT, progress: bool = False) -> None:
     """Write the MoE that `artifact` makes of the dense model in `gguf` as the new folder `folder`."""
+    from gangline.compress.demo_artifact import read_artifact
     from gangline.compress.dense_to_moe import complete_folder, load_dense, write_mixtral
     from gangline.compress.dense_to_moe.progress import layer_bar
 

@@ -5,7 +5,6 @@ A safetensors file of tensors stacked over layers. Corrections are int4 with one
 Shapes: L layers, D hidden, N neurons, G groups, W neurons per group, R a rank, X either side of a correction.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gangline.compress.demo_files import ARTIFACT, FORMAT
 from gangline.compress.dense_to_moe import LayerPlan, LowRank
 from gangline.compress.dense_to_moe.rounding import best_scale, codes
 from gangline.core.errors import FormatError
-
-FORMAT = "gangline-demo-2"
-ARTIFACT = Path(__file__).with_name("demo_artifact.safetensors")
 
 
 @dataclass(frozen=True)
@@ -122,9 +119,3 @@ def read_artifact(path: Path = ARTIFACT) -> Artifact:
         unpack_plan({name: stacked[index] for name, stacked in tensors.items()}) for index in range(layers)
     ]
     return Artifact(plans, int(meta["top_k"]), meta["source_sha256"])
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,7 +9,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from gangline.compress.demo_artifact import file_sha256
+from gangline.compress.demo_files import file_sha256
 from gangline.core.errors import CheckpointError
 from gangline.core.home import cache_dir
 

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gangline.checkpoint.gguf import GGUFCheckpoint
-from gangline.checkpoint.gguf_plain import plain_tensors
 from gangline.checkpoint.locate import LocalCheckpoint, resolve_checkpoint
 from gangline.checkpoint.packed import is_packed
 from gangline.core.errors import CheckpointError
@@ -70,6 +68,8 @@ def load_tokenizer(checkpoint: LocalCheckpoint) -> Any | None:
     from transformers import AutoTokenizer
 
     if checkpoint.gguf is not None:
+        from gangline.checkpoint.gguf import GGUFCheckpoint
+
         return GGUFCheckpoint.open(checkpoint.gguf).tokenizer()
     # Of a configuration that it cannot read, AutoTokenizer makes a nameless one with a warning.
     read_config(checkpoint.folder, checkpoint.name)
@@ -98,6 +98,9 @@ def load_plain(checkpoint: LocalCheckpoint, kind: Any, config: Any, dtype: torch
         return _dense_twin(checkpoint, dtype)
     if checkpoint.gguf is None:
         return kind.from_pretrained(checkpoint.folder, dtype=dtype).eval()
+    from gangline.checkpoint.gguf import GGUFCheckpoint
+    from gangline.checkpoint.gguf_plain import plain_tensors
+
     model = kind._from_config(config, dtype=dtype).eval()
     state = model.state_dict()
     modules = experts_modules(find_moe(model))

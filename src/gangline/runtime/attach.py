@@ -32,7 +32,6 @@ from gangline.runtime.arrival import slot_layout
 from gangline.runtime.copies import measure_copies, precision_of_copies
 from gangline.runtime.files import ALIGN
 from gangline.runtime.footprint import Copies, Footprint, measure_footprint
-from gangline.runtime.hash_execution import execute_predictions
 from gangline.runtime.load import run_from_store
 from gangline.runtime.opened import codec_of, largest_reads
 from gangline.runtime.options import LoadOptions, plan_request
@@ -136,6 +135,8 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
     runtime.attached = True
     runtime.on_close(lambda: _restore(dropped, folder, dtype))
     if asked.mode == "execute":
+        from gangline.runtime.hash_execution import execute_predictions
+
         execute_predictions(model, policy)
     return runtime
 

@@ -8,12 +8,11 @@ blocks, or in tiles that hold exactly the same.
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from gangline.checkpoint.gguf import GGUFCheckpoint
 from gangline.formats import get_codec
 from gangline.formats.retile import tile_form
 from gangline.kernels.cpu import native
@@ -23,6 +22,9 @@ from gangline.kernels.cpu.retiler import retile
 from gangline.models import MoEView
 from gangline.runtime.embedding import give_back
 from gangline.runtime.footprint import Footprint
+
+if TYPE_CHECKING:
+    from gangline.checkpoint.gguf import GGUFCheckpoint
 
 # A layer with fewer outputs than one tile has rows gains nothing (gates of shared experts have one).
 _FEWEST_ROWS = 16
@@ -58,7 +60,7 @@ def linear_codecs(model: nn.Module, view: MoEView, codec: str) -> dict[str, str]
     }
 
 
-def stored_linears(model: nn.Module, view: MoEView, gguf: GGUFCheckpoint) -> dict[str, str]:
+def stored_linears(model: nn.Module, view: MoEView, gguf: "GGUFCheckpoint") -> dict[str, str]:
     """Return the codec of every linear layer, by name, that computes on the blocks of a GGUF file.
 
     Blocks that tiles hold exactly become tiles. Layers whose blocks the native core does not know are left
@@ -138,7 +140,7 @@ def pack_linears(model: nn.Module, view: MoEView, codecs: Mapping[str, str]) -> 
 
 
 def keep_stored_linears(
-    model: nn.Module, view: MoEView, gguf: GGUFCheckpoint, codecs: Mapping[str, str]
+    model: nn.Module, view: MoEView, gguf: "GGUFCheckpoint", codecs: Mapping[str, str]
 ) -> None:
     """Replace linear layers by :class:`PackedLinear` on the blocks of a GGUF file.
 

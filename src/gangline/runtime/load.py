@@ -25,10 +25,9 @@ from gangline.policies.compositions import make_precision
 from gangline.runtime.arrival import arrive, slot_layout
 from gangline.runtime.engine import Engine, ExpertKernel
 from gangline.runtime.files import IOMode
-from gangline.runtime.filling import begin_filling, open_store, request_all, wait_for_all
+from gangline.runtime.filling import begin_filling, open_store, wait_for_all
 from gangline.runtime.footprint import Copies, Footprint
 from gangline.runtime.gpu_experts import GpuExperts, place_experts
-from gangline.runtime.hash_execution import execute_predictions
 from gangline.runtime.mixed import with_copies
 from gangline.runtime.native_decode import enable_native_decode
 from gangline.runtime.native_generate import enable_native_generate
@@ -41,6 +40,7 @@ from gangline.runtime.progress import byte_bar
 from gangline.runtime.proofs import Proofs, proof_facts
 from gangline.runtime.runtime import Runtime
 from gangline.runtime.store import ExpertStore
+from gangline.runtime.store_opening import request_all
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,11 @@ def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
     codec = codec_of(asked.precision)
     catalog = _catalog(opened, codec, asked.progress)
     policy = policy or _tuned(opened, asked, plan) or DEFAULT
-    store = begin_filling(plan, catalog, opened.view, asked.io) if gpu is None else None
+    store = None
+    if gpu is None:
+        store = begin_filling(plan, catalog, opened.view, asked.io, asked.head_start)
+    if asked.head_start is not None:
+        asked.head_start.close()  # what is not claimed by now never will be
     try:
         loaded, view = opened.load_dense(codec)
         proofs = Proofs(proof_facts(loaded, opened.identity, codec))
@@ -102,6 +106,8 @@ def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
         raise
     model_run.gangline.identity = opened.identity  # type: ignore[union-attr]
     if asked.mode == "execute":
+        from gangline.runtime.hash_execution import execute_predictions
+
         execute_predictions(model_run, policy or DEFAULT)
     return model_run
 

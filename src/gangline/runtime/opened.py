@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gangline.checkpoint.gguf import GGUFCheckpoint
 from gangline.checkpoint.locate import LocalCheckpoint, RemoteCheckpoint
 from gangline.checkpoint.recode import TILED, recode_layout
 from gangline.checkpoint.resolve import resolve_index
@@ -40,8 +40,11 @@ from gangline.runtime.dense_packing import (
 )
 from gangline.runtime.files import ALIGN
 from gangline.runtime.footprint import Copies, Footprint, measure_footprint
-from gangline.runtime.read_plan import plan_reads
+from gangline.runtime.read_plan import read_sizes
 from gangline.runtime.scratch import native_scratch
+
+if TYPE_CHECKING:
+    from gangline.checkpoint.gguf import GGUFCheckpoint
 
 # 8.125, 6.25, 4.25, 3.25 and 2.25 bits per weight, and a scale of each row. Byte scales (the letter d) cost
 # half of what fp16 ones do, which buys smaller groups.
@@ -102,7 +105,7 @@ class OpenedModel:
     view: MoEView
     source: ExpertSource
     folder: Path | None
-    gguf: GGUFCheckpoint | None
+    gguf: "GGUFCheckpoint | None"
     mapped: frozenset[str] = frozenset()
     sparse_as_stored: bool = False
 
@@ -234,6 +237,8 @@ def open_model(checkpoint: LocalCheckpoint | RemoteCheckpoint, dtype: torch.dtyp
 
 
 def _open_gguf(checkpoint: LocalCheckpoint, dtype: torch.dtype | None) -> OpenedModel:
+    from gangline.checkpoint.gguf import GGUFCheckpoint
+
     assert checkpoint.gguf is not None
     gguf = GGUFCheckpoint.open(checkpoint.gguf)
     config = strip_quantization(gguf.config, checkpoint.name)
@@ -281,14 +286,6 @@ def experts_modules(view: MoEView) -> list[ExpertsModule]:
 def largest_reads(catalog: ExpertCatalog, align: int) -> list[int]:
     """Return, for each layer, the bytes of the slots that its experts get."""
     return _level(read_sizes(catalog, align))
-
-
-def read_sizes(catalog: ExpertCatalog, align: int) -> list[int]:
-    """Return, for each layer, the slot bytes that its largest expert needs."""
-    sizes = [0] * len(catalog.layouts)
-    for key, extents in catalog.extents.items():
-        sizes[key.layer] = max(sizes[key.layer], _up(plan_reads(extents, align).nbytes, ALIGN))
-    return sizes
 
 
 def _level(sizes: Sequence[int]) -> list[int]:

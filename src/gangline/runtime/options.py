@@ -12,6 +12,7 @@ from gangline.core.sizes import parse_size
 from gangline.models import is_chunk_safe
 from gangline.runtime.files import IOMode
 from gangline.runtime.footprint import text_config
+from gangline.runtime.head_start import HeadStart
 from gangline.runtime.planner import DEFAULT_CONTEXT, PREFILL_ROWS, PlanRequest
 from gangline.runtime.policy_choice import PredictionMode
 
@@ -43,6 +44,7 @@ class LoadOptions:
             there; None takes a GPU only where its times were measured.
         name: what messages and reports call the model; None is what ``model`` says.
         meanwhile: called once while the model is loaded: at a time when experts may be on their way.
+        head_start: experts that may be on their way before (:mod:`gangline.runtime.head_start`).
     """
 
     memory: str | int | None = None
@@ -62,6 +64,7 @@ class LoadOptions:
     device: str | None = None
     name: str | None = None
     meanwhile: Callable[[], object] | None = None
+    head_start: HeadStart | None = None
 
 
 def plan_request(
@@ -80,14 +83,15 @@ def plan_request(
         UsageError: a size cannot be read, or chunks of a prompt are asked for where they change the answer.
     """
     context = options.ctx_size or context or _usual_context(config)
+    slots = 0 if options.head_start is None else options.head_start.taken_bytes
     return PlanRequest(
         model=model,
         budget=None if options.memory is None else parse_size(options.memory),
         precision=options.precision,
         context=context,
         rows=_prefill_rows(config, context, options.batch_tokens),
-        process=max(0, int(psutil.Process().memory_info().rss) - held),
-        available=int(psutil.virtual_memory().available * 0.9),
+        process=max(0, int(psutil.Process().memory_info().rss) - held - slots),
+        available=int((psutil.virtual_memory().available + slots) * 0.9),
         expert_slots=options.expert_slots,
     )
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from gangline.core.layout import Extent
+from gangline.core.layout import ExpertCatalog, Extent
+from gangline.runtime.files import ALIGN
 
 CHUNK = 4 << 20
 
@@ -69,6 +70,14 @@ def plan_reads(extents: Sequence[Extent], align: int) -> ReadPlan:
         place += -(-length // 64) * 64
         index = last + 1
     return ReadPlan(tuple(chunks), tuple(fields), place)
+
+
+def read_sizes(catalog: ExpertCatalog, align: int) -> list[int]:
+    """Return, for each layer, the slot bytes that its largest expert needs."""
+    sizes = [0] * len(catalog.layouts)
+    for key, extents in catalog.extents.items():
+        sizes[key.layer] = max(sizes[key.layer], -(-plan_reads(extents, align).nbytes // ALIGN) * ALIGN)
+    return sizes
 
 
 def _touch(a: Extent, b: Extent) -> bool:

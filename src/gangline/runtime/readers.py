@@ -86,6 +86,7 @@ class Readers:
         changes: how many tickets and pokes there were so far.
         wait: until that is another number, or a moment has passed.
         poke: wake all who wait.
+        add: read with so many threads more.
         close: stop the threads after the chunks under way.
     """
 
@@ -98,7 +99,7 @@ class Readers:
         )
         self.submit, self.change, self.cancel = pool.submit, pool.change, pool.cancel
         self.finished, self.changes, self.wait, self.poke = pool.finished, pool.changes, pool.wait, pool.poke
-        self.close = pool.close
+        self.close, self.add = pool.close, pool.add
 
 
 class NativeReads:
@@ -110,7 +111,7 @@ class NativeReads:
         self._numbers = itertools.count()
         self._tickets: dict[int, Ticket] = {}
         self.changes, self.wait, self.poke = self._pool.changes, self._pool.wait, self._pool.poke
-        self.work = self._pool.work  # with no threads, in the caller's
+        self.work, self.add = self._pool.work, self._pool.add  # work: with no threads, in the caller's
         # Also where nobody closes it: slots must outlive what is being read into them.
         self.close: Callable[[], object] = weakref.finalize(self, self._pool.close)
 
@@ -160,12 +161,15 @@ class PythonReads:
         self._changes = 0
         self._finished: list[Ticket] = []
         self._closed = False
-        self._threads = [
-            threading.Thread(target=self._run, name=f"gangline-reader-{i}", daemon=True)
-            for i in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        self.add(threads)
+
+    def add(self, threads: int) -> None:
+        """Read with so many threads more."""
+        for _ in range(threads):
+            name = f"gangline-reader-{len(self._threads)}"
+            self._threads.append(threading.Thread(target=self._run, name=name, daemon=True))
+            self._threads[-1].start()
 
     def submit(self, ticket: Ticket) -> None:
         """Queue a read."""

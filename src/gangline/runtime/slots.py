@@ -1,11 +1,12 @@
 """Slots: places of one size for one expert each, in one anonymous mapping."""
 
-from collections.abc import Hashable, Sequence
+import mmap
+from collections.abc import Hashable, Iterator, Sequence
 from enum import Enum, auto
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from gangline.core.errors import BudgetError
 from gangline.core.keys import ExpertKey
@@ -13,6 +14,11 @@ from gangline.core.sizes import format_size
 from gangline.kernels.cpu.huge_pages import map_anonymous
 from gangline.policies.caches import CachePolicy
 from gangline.runtime.readers import Ticket
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PIECE = 32 << 20  # of memory that is taken at once
 
 
 class SlotState(Enum):
@@ -66,10 +72,28 @@ class SlotPool:
                 f"cannot map {format_size(slot_bytes * count)} for expert slots: {error}"
             ) from error
         self.view = memoryview(self._map)
-        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self.address = self._bytes.data_ptr()
+        self.address = int(np.frombuffer(self._map, dtype=np.uint8).ctypes.data)
 
-    def raw(self, slot: Slot, fields: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+    def take_pages(self) -> Iterator[int]:
+        """Take all physical pages piece by piece, in this thread and mostly without holding the interpreter.
+
+        Where a read does that, the system holds the lock of the whole address space for every page, and a
+        thread that imports libraries meanwhile waits for it at every file that it maps. Nothing may have been
+        read into the slots yet. Yields the bytes of each piece.
+        """
+        whole = np.frombuffer(self._map, dtype=np.uint8)
+        for begin in range(0, len(whole), _PIECE):
+            piece = whole[begin : begin + _PIECE]
+            piece[:: mmap.PAGESIZE] = 0
+            yield len(piece)
+
+    @cached_property
+    def _bytes(self) -> "Tensor":
+        import torch  # not before: reading may begin while it is still being imported
+
+        return torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def raw(self, slot: Slot, fields: Sequence[tuple[int, int]]) -> "tuple[Tensor, ...]":
         """Return the fields of a slot as uint8 tensors over its bytes."""
         base = slot.offset
         return tuple(self._bytes[base + place : base + place + nbytes] for place, nbytes in fields)

@@ -10,10 +10,8 @@ the next read into its slot begins when the first has ended.
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from typing import Any, TypeVar
-
-from torch import Tensor
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gangline.core.errors import PackError, StoreError
 from gangline.core.events import RoutingEvent
@@ -30,9 +28,12 @@ from gangline.runtime.readers import Readers, Ticket
 from gangline.runtime.slots import Slot, SlotPool, SlotState
 from gangline.runtime.stats import StoreStats
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 logger = logging.getLogger(__name__)
 
-Bind = Callable[[int, Sequence[Tensor]], Any]
+Bind = Callable[[int, "Sequence[Tensor]"], Any]
 
 _T = TypeVar("_T")
 _COUNTERS = {priority: priority.name.lower() for priority in Priority}
@@ -204,6 +205,23 @@ class ExpertStore:
             unbound, self._unbound = self._unbound, []
         for key, slot, ticket in unbound:
             self._finish(key, slot, ticket)
+
+    def read_with(self, more: int) -> None:
+        """Read with so many threads more."""
+        self._readers.add(more)
+
+    def follow(self, policies: Sequence[CachePolicy]) -> None:
+        """Go on with other cache policies, one for each pool, that are told which experts have slots."""
+        with self._lock:
+            for pool, policy in zip(self._all_pools, policies, strict=True):
+                pool.policy = policy
+            for key in self._table:
+                self._pools[key.layer].policy.admitted(key)
+
+    def take_pages(self) -> Iterator[int]:
+        """Take the physical pages of all slots; see :meth:`SlotPool.take_pages`."""
+        for pool in self._all_pools:
+            yield from pool.take_pages()
 
     @property
     def under_way(self) -> int:

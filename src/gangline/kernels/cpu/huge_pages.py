@@ -6,9 +6,11 @@ Linux gives huge pages to private anonymous mappings that ask for them. Memory o
 
 import math
 import mmap
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 HUGE_PAGE = 2 << 20
 
@@ -30,12 +32,14 @@ def map_anonymous(nbytes: int) -> mmap.mmap:
     return mapped
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def empty(shape: tuple[int, ...], dtype: "torch.dtype") -> "Tensor":
     """Return a tensor on the CPU as ``torch.empty`` does, in huge pages if it is as large as one.
 
     Raises:
         OSError: there is no address space left.
     """
+    import torch  # the other function is wanted before torch is there
+
     count = math.prod(shape)
     if count * dtype.itemsize < HUGE_PAGE:
         return torch.empty(shape, dtype=dtype)

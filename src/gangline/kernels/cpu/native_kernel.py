@@ -4,6 +4,7 @@ Shape suffixes: T tokens, P (token, expert) pairs sorted by expert, N pairs of o
 intermediate, G columns of the gate/up product (2F or F), E experts.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,13 @@ class NativeWeights:
     experts: dict[int, Any] = field(default_factory=dict)
 
 
+@functools.cache
+def _formats(kernels: str) -> frozenset[str]:
+    """Names of the codecs that the kernels in use compute with."""
+    core = native()
+    return frozenset() if core is None else frozenset(core.native_formats())
+
+
 class NativeKernel:
     """Computes all experts of one layer in one native call.
 
@@ -83,7 +91,7 @@ class NativeKernel:
         core = native()
         if core is None:
             return "the native core was not built"
-        formats = core.native_formats()
+        formats = _formats(str(core.kernels_name()))
         for spec in layout.fields:
             if spec.transposed:
                 return f"{spec.name} is stored as (in, out)"
