@@ -25,6 +25,27 @@ def test_tensors_keep_what_is_written(rows: int, dtype: torch.dtype) -> None:
     assert torch.equal(part, values[rows // 2 :])  # a view keeps the memory
 
 
+def test_recycled_memory_goes_to_the_next_tensor_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[mmap.mmap] = []
+    monkeypatch.setattr(huge_pages, "_kept", kept)
+    size = 3 * huge_pages.HUGE_PAGE
+    first = huge_pages.empty((size - 7,), torch.uint8, recycled=True)
+    place, part = first.data_ptr(), first[9:]
+    del first
+    gc.collect()
+    assert kept == []  # a view still looks at it
+    del part
+    gc.collect()
+    other = huge_pages.empty((2 * size,), torch.uint8, recycled=True)
+    own = huge_pages.empty((size,), torch.uint8)
+    again = huge_pages.empty((size // 2,), torch.bfloat16, recycled=True)
+    assert len(kept) == 0 and place == again.data_ptr() not in (other.data_ptr(), own.data_ptr())
+    monkeypatch.setattr(huge_pages, "KEPT", size)
+    del own, other, again
+    gc.collect()
+    assert [len(one) for one in kept] == [size]  # what is too much has gone, and the plain one at once
+
+
 def test_mappings_are_zero_and_writable() -> None:
     mapped = huge_pages.map_anonymous(3 * huge_pages.HUGE_PAGE)
     assert len(mapped) >= 3 * huge_pages.HUGE_PAGE

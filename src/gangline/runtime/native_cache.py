@@ -48,7 +48,8 @@ class _Rows:
         if limit is not None:
             capacity = max(needed, min(capacity, limit))
         batch, heads, _, width = self.buffer.shape
-        grown = huge_pages.empty((batch, heads, capacity, width), self.buffer.dtype)
+        shape = (batch, heads, capacity, width)
+        grown = huge_pages.empty(shape, self.buffer.dtype, recycled=limit is None)
         grown[:, :, : self.length] = self.view
         self._take(grown)
 

@@ -34,7 +34,9 @@ from gangline.runtime.torch_threads import TorchThreads, pause_torch_threads
 logger = logging.getLogger(__name__)
 
 KEPT_ROWS = 64
-"""Rows of a step up to which its memory is kept for the next one."""
+"""Rows of a step up to which its memory is kept for the next one within a budget."""
+KEPT_ROWS_UNBOUNDED = 2048
+"""The same without a budget: new memory for every prompt costs more than the prompt's attention."""
 
 _CAPTURE = "transformers.utils.output_capturing"  # its hooks do nothing unless outputs are asked for
 
@@ -299,7 +301,7 @@ class NativeDecode:
             moe.stepped(buffers.routing)
             return logits_BV
         finally:
-            if len(embedded_TD) > KEPT_ROWS:
+            if len(embedded_TD) > (KEPT_ROWS_UNBOUNDED if self._context is None else KEPT_ROWS):
                 decoder.release()
 
 
