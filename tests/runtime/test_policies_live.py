@@ -212,7 +212,7 @@ def test_changing_the_policy_of_a_running_model(saved: tuple[Any, Path]) -> None
     loaded = gangline.load(folder, expert_slots=8)
     with loaded.gangline as runtime:
         want = answers(loaded, asked)
-        for name in ("hobbit-exact", "moe-infinity", "freetoken", "default"):
+        for name in ("hobbit-exact", "moe-infinity", "freetoken", "default", "layer-lru"):
             runtime.use_policy(name)
             assert runtime.store.residency() == {} and runtime.policy.name == name
             found = answers(loaded, asked)
