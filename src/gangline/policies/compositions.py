@@ -71,7 +71,7 @@ COMPOSITIONS: dict[str, Composition] = {
         2,
         "FirstMissing",
         otherwise="layer-lru",
-        predictor_options={"most_tokens": 8},
+        predictor_options={"most_tokens": 8, "least_precision": 0.5},
     ),
     "layer-lru": Composition("layer-lru"),
     "sida": Composition(

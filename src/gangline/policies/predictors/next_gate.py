@@ -17,6 +17,10 @@ from gangline.core.events import RoutingEvent
 from gangline.core.forecast import Forecast
 from gangline.policies.predictors.protocol import Predictor
 from gangline.policies.predictors.ranking import ranked
+from gangline.policies.predictors.track_record import TrackRecord
+
+RETRY = 8
+"""Every so many passes a predictor that is not trusted shows whether it would be right now."""
 
 Gate = Callable[[Any], Any]
 """Takes gate inputs ``[T, D]`` and returns scores ``[T, E]``, of NumPy or torch."""
@@ -48,6 +52,8 @@ class NextGate(Predictor):
         ahead: layers to forecast (p).
         top_k: if given, tokens vote with their top-k scores only.
         most_tokens: no forecast of passes over more tokens, which ask for most experts anyway.
+        least_precision: no forecasts while a smaller share of the last ones came true (see
+            :class:`TrackRecord`); some are still made and compared. None trusts them always.
     """
 
     needs = frozenset({"gate_input"})
@@ -59,8 +65,10 @@ class NextGate(Predictor):
         ahead: int = 1,
         top_k: int | None = None,
         most_tokens: int | None = None,
+        least_precision: float | None = None,
     ) -> None:
         self.gates, self.ahead, self.top_k, self.most_tokens = gates, ahead, top_k, most_tokens
+        self.least_precision, self.record = least_precision, TrackRecord(top_k)
         self._several = gates if isinstance(gates, Several) else None
 
     def after_gate(self, event: RoutingEvent) -> list[Forecast]:
@@ -74,8 +82,18 @@ class NextGate(Predictor):
                 "the next-gate predictor needs gate inputs; record the trace with them, "
                 "or choose another predictor"
             )
+        self.record.judge(event)
         if self.most_tokens is not None and event.tokens > self.most_tokens:
             return []
+        trusted = self.least_precision is None or self.record.precision >= self.least_precision
+        if not trusted and event.step % RETRY:
+            return []
+        forecasts = self._forecasts(event)
+        self.record.note(forecasts)
+        return forecasts if trusted else []
+
+    def _forecasts(self, event: RoutingEvent) -> list[Forecast]:
+        assert event.detail is not None
         layers = range(event.layer + 1, min(event.layer + self.ahead + 1, len(self.gates)))
         if event.tokens == 1 and self._several is not None and layers:
             ranked_L = self._several.ranked(layers, event.detail.gate_input_TD)

@@ -32,9 +32,13 @@ def _oracle(g: MoEGeometry, events: Sequence[RoutingEvent], ahead: int | None = 
 
 
 def _next_gate(
-    g: MoEGeometry, gates: Sequence[Gate], ahead: int = 1, most_tokens: int | None = None
+    g: MoEGeometry,
+    gates: Sequence[Gate],
+    ahead: int = 1,
+    most_tokens: int | None = None,
+    least_precision: float | None = None,
 ) -> Predictor:
-    return NextGate(gates, ahead, _top_k(g), most_tokens)
+    return NextGate(gates, ahead, _top_k(g), most_tokens, least_precision)
 
 
 def _sida(g: MoEGeometry, network: Any) -> Predictor:

@@ -1,0 +1,44 @@
+"""How often a predictor was right lately, so that nobody acts on one that is mostly wrong.
+
+Ours, for what no paper measures: a forecast that fails costs its bytes twice, since it takes a slot as well.
+Counted in events, not in seconds, so that a simulation decides as the engine does.
+"""
+
+from collections.abc import Sequence
+
+from gangline.core.events import RoutingEvent
+from gangline.core.forecast import Forecast
+
+MEMORY = 0.1
+"""Weight of the newest event in the running mean."""
+
+
+class TrackRecord:
+    """The share of an earlier forecast's first experts that their layer used, a running mean over events.
+
+    Args:
+        top_k: experts of a forecast that count.
+
+    Attributes:
+        precision: that share; 1 before anything is known.
+    """
+
+    def __init__(self, top_k: int | None) -> None:
+        self.precision = 1.0
+        self._top_k = top_k
+        self._said: dict[int, Forecast] = {}
+
+    def judge(self, event: RoutingEvent) -> None:
+        """Compare what was said of the event's layer with what it uses."""
+        said = self._said.pop(event.layer, None)
+        if said is None or said.step != event.step:
+            return
+        first = said.experts[: self._top_k]
+        right = len(set(first).intersection(event.experts)) / max(1, len(first))
+        self.precision += MEMORY * (right - self.precision)
+
+    def note(self, forecasts: Sequence[Forecast]) -> None:
+        """Remember what is said of the next layer."""
+        for forecast in forecasts:
+            if forecast.horizon == 1:
+                self._said[forecast.layer] = forecast
