@@ -22,7 +22,7 @@ HEADLINES = {
     "native_vs_peers": r"decode|prefill|first token",
     "native_int8_vs_peers": r"decode|prefill",
     "half_memory_vs_peers": r"decode|prefill",
-    "ram_disk": r"uniform routing, (default|hobbit-exact)|routing of demo, default",
+    "ram_disk": r"(uniform routing|routing of demo), (default|layer-lru)",
     "offload_vs_peers": r"decode|prefill 512|whole life",
     "exactness": r"^(demo|tiny mixtral|tiny olmoe|tiny qwen3_moe|tiny gpt_oss|tiny deepseek_v3),",
     "plan_vs_reality": r"",
