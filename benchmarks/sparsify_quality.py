@@ -2,7 +2,8 @@
 
     python benchmarks/sparsify_quality.py --work demo-text --json
 
-A recipe is a method and what follows it: sparsegpt, sparsegpt+reconstruct=2, alps+distill=65536.
+A recipe is a method and what follows it: sparsegpt, sparsegpt+reconstruct=2, alps+distill=65536. With
+text=SHARE what learns adapts to text of the kind that is held out too, which the unpruned demo did not.
 The peer of every row is the unpruned demo in the same run, so a ratio below 1 is a loss. Needs apt-get for
 the texts that scripts/demo_text.py names: those of training calibrate, those held out judge. Learning
 (distill=) that was interrupted goes on where it was, from the folder --work.
@@ -51,7 +52,7 @@ def mixed_text(names: list[str], tokens: int, work: Path) -> str:
 def settings_of(recipe: str, pattern: str, values: str, permute: bool) -> SparsifySettings:
     """The settings that a recipe stands for."""
     method, *more = recipe.split("+")
-    options = {"reconstruct": "0", "distill": "0", "damping": "0.01"}
+    options = {"reconstruct": "0", "distill": "0", "text": "0", "damping": "0.01"}
     for option in more:
         name, _, value = option.partition("=")
         if name not in options:
@@ -64,6 +65,7 @@ def settings_of(recipe: str, pattern: str, values: str, permute: bool) -> Sparsi
         permute=permute,
         reconstruct=int(options["reconstruct"]),
         distill_tokens=int(options["distill"]),
+        distill_text=float(options["text"]),
         damping=float(options["damping"]),
     )
 

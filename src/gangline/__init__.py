@@ -5,6 +5,7 @@ until one of them is used.
 """
 
 import logging
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
+        if _LAZY[name] == "gangline.api" and _LAZY[name] not in sys.modules:
+            import_module("gangline.runtime.libraries").import_quickly()
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'gangline' has no attribute {name!r}")
 

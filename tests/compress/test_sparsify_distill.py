@@ -121,3 +121,19 @@ def test_learning_brings_the_student_nearer(dtype: torch.dtype, tmp_path, seed, 
     learned = [expert for bank in student.banks for expert in bank.learned()]
     for expert, masks in zip(learned, zeros, strict=True):
         assert not any(matrix[mask].any() for matrix, mask in zip(expert, masks, strict=True))
+
+
+def test_a_share_of_the_text_brings_the_student_nearer_to_it(tmp_path, seed, monkeypatch) -> None:
+    """Than the teacher alone does, which has never seen it."""
+    monkeypatch.setattr(distill, "RATE", 0.003)
+    save_tiny("mixtral", tmp_path, seed)
+    ids_SC = torch.randint(3, 90, (4, 24))
+    opened, experts = pruned(tmp_path, ids_SC)
+    found = []
+    for text in (0.0, 0.5):
+        teacher, student = pair(opened, experts)
+        distill_student(teacher, student, ids_SC, 20 * 2048, text=text)
+        with torch.no_grad():
+            logits_TV = student.model(ids_SC).logits[:, :-1].flatten(0, 1)
+        found.append(float(nn.functional.cross_entropy(logits_TV, ids_SC[:, 1:].flatten())))
+    assert found[1] < found[0]

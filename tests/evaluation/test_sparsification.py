@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -260,10 +261,14 @@ def test_interrupted_learning_goes_on(tiny, tmp_path: Path, monkeypatch) -> None
     """After the fourth step of six; the result is that of a run that nobody interrupted."""
     monkeypatch.setattr(distill, "KEEP_SECONDS", -1)
     source, halfway = tiny("mixtral"), tmp_path / "halfway"
-    settings = SparsifySettings(method="magnitude", reconstruct=1, min_tokens=8, distill_tokens=192)
+    settings = SparsifySettings(
+        method="magnitude", reconstruct=1, min_tokens=8, distill_tokens=192, distill_text=0.25
+    )
     stages: list[str] = []
 
-    def run(folder: Path, resume: Path | None, stop: int = 0) -> SparsifyReport:
+    def run(
+        folder: Path, resume: Path | None, stop: int = 0, settings: SparsifySettings = settings
+    ) -> SparsifyReport:
         def progress(what: str, done: int, total: int) -> None:
             stages.append(what)
             if what.startswith("distilling") and done == stop:
@@ -292,6 +297,8 @@ def test_interrupted_learning_goes_on(tiny, tmp_path: Path, monkeypatch) -> None
     one, other = (SafetensorsIndex.from_folder(tmp_path / name) for name in ("whole", "parts"))
     for name in one.tensors:
         assert torch.equal(one.read(name), other.read(name)), name
+    with pytest.raises(UsageError, match=r"learning\.safetensors is of another model"):
+        run(tmp_path / "other", halfway, settings=replace(settings, distill_text=0.5))
     with pytest.raises(UsageError, match="of another model, other settings or other text"):
         sparsify_checkpoint(
             source,
@@ -325,6 +332,10 @@ def test_what_cannot_be_done_is_refused(tiny, tmp_path: Path) -> None:
         sparsify_checkpoint(source, None, texts=TEXTS)
     with pytest.raises(UsageError, match="fewer than two tokens"):
         sparsify_checkpoint(source, tmp_path / "x", texts=SparsifyTexts("w1"))
+    with pytest.raises(UsageError, match="give distill_tokens too"):
+        SparsifySettings(distill_text=0.5)
+    with pytest.raises(UsageError, match="from 0 to 1"):
+        SparsifySettings(distill_tokens=64, distill_text=1.5)
     out = tmp_path / "out"
     sparsify_checkpoint(
         source, out, texts=TEXTS, settings=SparsifySettings(method="magnitude"), measure=False
@@ -389,7 +400,7 @@ def test_the_command(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert again.exit_code == 2
     assert "exists already" in again.stderr
     arguments[3] = str(tmp_path / "other")
-    more = ["--reconstruct", "1", "--distill-tokens", "64", "--damping", "0.1"]
+    more = ["--reconstruct", "1", "--distill-tokens", "64", "--distill-text", "0.5", "--damping", "0.1"]
     shown = runner.invoke(app, [*arguments, "--data", str(text), *more])
     assert "bits a weight" in shown.stdout
     assert " -> " in shown.stdout

@@ -11,15 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from gangline.core.geometry import LayerGeometry, MoEGeometry
 from gangline.runtime.embedding import RESIDENT_BYTES, leave_in_file, lookup_table
-from gangline.runtime.footprint import Footprint
 from gangline.runtime.planner import PlanRequest, make_plan
+from runtime.footprint_rig import MIB, make_footprint
 from tiny_models import tiny_model
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc/self/pagemap")
 
-MIB = 1 << 20
 ROWS, WIDTH = 48 * 1024, 512  # 96 MiB in fp32
 
 
@@ -130,29 +128,11 @@ def test_only_a_table_of_its_own_can_stay_in_its_file():
     assert lookup_table(tied) is None
 
 
-def footprint():
-    """One layer of 8 experts of 1 MiB, and a table of 600 MiB among 700 MiB of dense weights."""
-    return Footprint(
-        dense=700 * MIB,
-        load_extra=0,
-        table=600 * MIB,
-        row_params=0,
-        head_params=0,
-        width=2,
-        kv_per_token=0,
-        row=0,
-        vocab_row=0,
-        kernel=0,
-        slots=((MIB, (0,)),),
-        experts=8 * MIB,
-        active_experts=2 * MIB,
-        geometry=MoEGeometry((LayerGeometry(8, 2, 64, 32),)),
-        codecs=("bf16",),
-    )
+NEEDS = make_footprint(8, dense=700 * MIB, table=600 * MIB)
 
 
 def planned(budget, available=None):
-    return make_plan(PlanRequest("m", budget, "stored", 16, available=available), footprint())
+    return make_plan(PlanRequest("m", budget, "stored", 16, available=available), NEEDS)
 
 
 def test_a_table_with_room_for_all_of_it_is_not_looked_up_in_its_file():

@@ -9,6 +9,7 @@ from gangline.core.errors import CheckpointError, PackError, StoreError
 from gangline.core.events import RoutingEvent
 from gangline.core.keys import ExpertKey
 from gangline.core.tiers import Priority, Tier
+from gangline.policies.caches import LayerLRU
 from gangline.runtime import readers
 from runtime.store_rig import FIELD_BYTES, make_catalog, make_store
 
@@ -36,6 +37,19 @@ def test_hits_come_first_and_are_counted(tmp_path):
     assert store.stats.total_bytes_read == 3 * sum(FIELD_BYTES)
     assert store.stats.hit_rate == pytest.approx(0.25)
     assert store.residency()[ExpertKey(0, 4)] is Tier.HOST
+    store.close()
+
+
+def test_slots_are_counted_anew_only_before_the_first_read(tmp_path):
+    store = make_store(make_catalog(tmp_path, 1, 6), slots=2, top_k=1)
+    policy = LayerLRU(5, [1], [6])
+    store.resize([5], [policy])
+    for step in range(6):
+        run(store, step, 0, [step])
+    assert len(store.residency()) == 5 and store.stats.evictions == 1
+    assert ExpertKey(0, 0) not in store.residency()
+    with pytest.raises(StoreError, match="their number stays"):
+        store.resize([6], [policy])
     store.close()
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from gangline.cli.loading import Loaded
 from gangline.cli.options import option
 from gangline.core.errors import ContextError
+from gangline.runtime.deferred_imports import deferred_imports
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ def generate(
     prompt_tokens = int(ids_1P.shape[1])
     longest = _longest(model, prompt_tokens, options.max_new_tokens, ctx_size)
     ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    with torch.inference_mode():
+    with torch.inference_mode(), deferred_imports():
         output = model.generate(
             ids_1P,
             attention_mask=torch.ones_like(ids_1P),

@@ -75,6 +75,16 @@ DistillTokensOption = Annotated[
         min=0,
     ),
 ]
+DistillTextOption = Annotated[
+    float,
+    option(
+        "--distill-text",
+        metavar="SHARE",
+        help="With --distill-tokens: learn the text itself too, to so large a share; it adapts to the text.",
+        min=0,
+        max=1,
+    ),
+]
 ResumeOption = Annotated[
     Path | None,
     option(
@@ -103,6 +113,7 @@ def sparsify(
     permute: PermuteOption = False,
     reconstruct: ReconstructOption = 0,
     distill_tokens: DistillTokensOption = 0,
+    distill_text: DistillTextOption = 0.0,
     resume: ResumeOption = None,
     no_measure: NoMeasureOption = False,
     revision: Annotated[
@@ -127,6 +138,7 @@ def sparsify(
         permute=permute,
         reconstruct=reconstruct,
         distill_tokens=distill_tokens,
+        distill_text=distill_text,
     )
     texts = SparsifyTexts(_read(data), None if held_out is None else _read(held_out), tokens, window=window)
     with _bar() as progress:

@@ -98,6 +98,9 @@ def _load(
 
 def tokenizer_at_hand(model: str, options: ModelOptions) -> Any | None:
     """Return the tokenizer of a model whose files are here; None where nothing is, and nothing is fetched."""
+    from gangline.cli.startup import import_libraries
+
+    import_libraries()
     from gangline.checkpoint.locate import LocalCheckpoint, resolve_checkpoint
     from gangline.evaluation.plain import load_tokenizer, place
 

@@ -1,10 +1,11 @@
 """Train some parameters of a model so that it says what a teacher says.
 
 The loss is the Kullback-Leibler divergence of next-token distributions, teacher first, as in knowledge
-distillation (arXiv 1503.02531), and if asked for the distance of the hidden states after each layer, relative
-to their size, as in SquareHead (Sparse Fine-tuning for Inference Acceleration of Large Language Models, arXiv
-2310.06927). Ours differs from SquareHead in that every token counts the same: there the few tokens whose
-hidden states are hundreds of times as large as the others' would decide alone.
+distillation (arXiv 1503.02531), if asked for mixed with the cross-entropy of the text; and if asked for the
+distance of the hidden states after each layer, relative to their size, as in SquareHead (Sparse Fine-tuning
+for Inference Acceleration of Large Language Models, arXiv 2310.06927). Ours differs from SquareHead in that
+every token counts the same: there the few tokens whose hidden states are hundreds of times as large as the
+others' would decide alone.
 
 Shapes: B sequences, C tokens per sequence, T = B * C tokens, V vocabulary, D hidden, R rows at a time.
 """
@@ -31,12 +32,16 @@ class DistillConfig:
         rate: the largest step relative to the root mean square of a parameter.
         warmup: steps in which the rate rises to that.
         hidden: how much the hidden states count beside the divergence.
+        text: share of the text's own next tokens in what is learned, the rest being the teacher's.
+        clip: the largest norm of all gradients together; larger ones are scaled down to it. 0 for any.
     """
 
     steps: int = 200
     rate: float = 0.02
     warmup: int = 10
     hidden: float = 0.0
+    text: float = 0.0
+    clip: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,33 +88,45 @@ class _Divergence(torch.autograd.Function):
     """Some rows at a time, value and gradient at once: nothing of the size of the logits but the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, student_TV: Tensor, teacher_TV: Tensor) -> Tensor:
+    def forward(ctx: Any, student_TV: Tensor, teacher_TV: Tensor, next_T: Tensor, text: float) -> Tensor:
         total = 0.0
         grad_TV = torch.empty_like(student_TV)
-        parts = (tensor.split(_ROWS) for tensor in (student_TV, teacher_TV, grad_TV))
-        for student_RV, teacher_RV, grad_RV in zip(*parts, strict=True):
+        parts = (tensor.split(_ROWS) for tensor in (student_TV, teacher_TV, grad_TV, next_T))
+        for student_RV, teacher_RV, grad_RV, next_R in zip(*parts, strict=True):
             log_s_RV = student_RV.float().log_softmax(-1)
             log_t_RV = teacher_RV.float().log_softmax(-1)
             t_RV = log_t_RV.exp()
             total += float((t_RV * log_t_RV.sub_(log_s_RV)).sum())
+            if text:
+                share_R1 = (next_R >= 0).float()[:, None] * text
+                t_RV.mul_(1 - share_R1).scatter_add_(1, next_R.clamp(min=0)[:, None], share_R1)
             grad_RV.copy_(log_s_RV.exp_().sub_(t_RV).div_(len(student_TV)))
         ctx.save_for_backward(grad_TV)
         return student_TV.new_tensor(total / len(student_TV), dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_TV,) = ctx.saved_tensors
-        return grad_TV * grads[0].to(grad_TV.dtype), None
+        return grad_TV * grads[0].to(grad_TV.dtype), None, None, None
 
 
-def divergence(student_TV: Tensor, teacher_TV: Tensor) -> Tensor:
+def divergence(
+    student_TV: Tensor, teacher_TV: Tensor, next_T: Tensor | None = None, text: float = 0.0
+) -> Tensor:
     """Mean divergence in nats a token of the student's next-token distributions from the teacher's.
 
     Args:
         student_TV: logits that learn.
         teacher_TV: logits that do not.
+        next_T: the token that the text goes on with, -1 where it ends.
+        text: share of the text in the gradient: it is that of the cross-entropy with the teacher's
+            distribution and the text's next token, mixed. The value does not depend on it.
     """
-    found: Tensor = _Divergence.apply(student_TV, teacher_TV)  # type: ignore[no-untyped-call]
+    if next_T is None:
+        next_T = torch.full((len(student_TV),), -1)
+    found: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]
+        student_TV, teacher_TV, next_T, text
+    )
     return found
 
 
@@ -166,7 +183,8 @@ def _step(
     adam: torch.optim.Adam, speak: Callable[[Tensor, bool], Said], ids_BC: Tensor, config: DistillConfig
 ) -> float:
     teacher, student = speak(ids_BC, True), speak(ids_BC, False)
-    found = divergence(student.logits_TV, teacher.logits_TV)
+    next_BC = torch.nn.functional.pad(ids_BC[:, 1:], (0, 1), value=-1)
+    found = divergence(student.logits_TV, teacher.logits_TV, next_BC.flatten(), config.text)
     loss = found
     if config.hidden:
         loss = found + config.hidden * distance(student.hidden, teacher.hidden)
@@ -177,6 +195,9 @@ def _step(
         for parameter in group["params"]:
             if parameter.grad is None:  # an expert that no token was sent to: its momentum goes on
                 parameter.grad = torch.zeros_like(parameter)
+    if config.clip:
+        learning = [parameter for group in adam.param_groups for parameter in group["params"]]
+        nn.utils.clip_grad_norm_(learning, config.clip)
     adam.step()
     return float(found.detach())
 

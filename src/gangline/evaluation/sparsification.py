@@ -267,7 +267,7 @@ def _write(
         layers, learned = _prune(opened, ids_SC, settings, write, say), None
     else:
         halfway = None if resume is None else Halfway(resume)
-        key = key_of(opened.identity, replace(settings, distill_tokens=0), ids_SC)
+        key = key_of(opened.identity, replace(settings, distill_tokens=0, distill_text=0.0), ids_SC)
         students, layers = _pruned_students(opened, ids_SC, settings, say, halfway, key)
         learned, changed = _distil(opened, origin, students, distill_SC, settings, say, halfway, key)
         writers = _writers(origin, settings, folders, changed, say)
@@ -363,6 +363,7 @@ def _distil(
         student,
         ids_SC,
         settings.distill_tokens,
+        text=settings.distill_text,
         dtype=dtype,
         on_step=lambda step, steps, loss: say(f"distilling, {loss:.3f} nats", step, steps),
         halfway=halfway,

@@ -63,7 +63,7 @@ class Composition:
 
 
 COMPOSITIONS: dict[str, Composition] = {
-    # HOBBIT's cache and look ahead, with layer quotas and no forecasts while a prompt streams.
+    # HOBBIT's look ahead and a cache of recent uses; layer quotas and no forecasts while a prompt streams.
     "default": Composition(
         "phased",
         "global",

@@ -35,9 +35,9 @@ from gangline.runtime.footprint import Copies, Footprint, measure_footprint
 from gangline.runtime.load import run_from_store
 from gangline.runtime.opened import codec_of, largest_reads
 from gangline.runtime.options import LoadOptions, plan_request
-from gangline.runtime.planner import DEFAULT_CONTEXT, make_plan
+from gangline.runtime.planner import DEFAULT_CONTEXT, make_plan, plan_loaded
 from gangline.runtime.policy_choice import DEFAULT, PolicyChoice, asked_policy
-from gangline.runtime.runtime import Runtime
+from gangline.runtime.runtime import Runtime, resident
 from gangline.runtime.scratch import native_scratch
 
 
@@ -126,6 +126,7 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
             progress=asked.progress,
             policy=policy,
             low=copies if plan.low_slots else None,
+            again=lambda: plan_loaded(plan, request, footprint, resident()),
         )
     except BaseException:
         _restore(dropped, folder, dtype)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from gangline.checkpoint import packed
 from gangline.core.errors import CheckpointError, UnsupportedModelError
 from gangline.models import MoEView, drop_expert_params, find_moe
+from gangline.runtime.on_meta import WithoutCompiler
 
 # What transformers 5.23 itself cannot compute: deepseek_v4 keeps some products in fp32 beside fp16 inputs.
 _CANNOT_COMPUTE = {"deepseek_v4": {torch.float16}}
@@ -143,7 +144,7 @@ def build_skeleton(
 ) -> tuple[PreTrainedModel, MoEView]:
     """Return the model on ``meta`` without expert matrices, and the view made before they were dropped."""
     bare, view = without_experts(cls)
-    with torch.device("meta"):
+    with WithoutCompiler(), torch.device("meta"):
         model = bare._from_config(config, dtype=dtype)
     return model, view()
 
@@ -164,7 +165,7 @@ def load_dense(
     bare, view = without_experts(cls)
     arguments: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     try:
-        with _quiet():
+        with _quiet(), WithoutCompiler():
             loaded: Any = bare.from_pretrained(folder, state_dict=tensors, **arguments)
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(

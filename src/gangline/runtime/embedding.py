@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-PART_BYTES = 32 << 20  # of the table between two releases
+PART_BYTES = 8 << 20  # of the table between two releases
 FOLIO_BYTES = 2 << 20  # mapped by one fault at most: the largest folio that one page table holds
 RESIDENT_BYTES = PART_BYTES + 2 * FOLIO_BYTES
 _PAGE = mmap.PAGESIZE

@@ -9,7 +9,6 @@ for the very same contents; otherwise it is closed and the record forgotten.
 import hashlib
 import json
 import logging
-import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,7 +19,7 @@ import psutil
 
 from gangline import __version__
 from gangline.core.errors import GanglineError
-from gangline.core.home import cache_dir
+from gangline.core.home import cache_dir, write_record
 from gangline.core.keys import ExpertKey
 from gangline.core.layout import ExpertCatalog, ExpertLayout, Extent, FieldSpec
 from gangline.policies.caches import CachePolicy
@@ -132,13 +131,7 @@ class HeadStart:
             memory: bytes that must be available to begin so early.
         """
         try:
-            record = _record(contents) | {"memory": memory}
-            file = self._file()
-            with tempfile.NamedTemporaryFile(
-                "w", dir=file.parent, prefix=".", suffix=".tmp", delete=False, encoding="utf-8"
-            ) as part:
-                json.dump(record, part)
-            Path(part.name).replace(file)
+            write_record(self._file(), _record(contents) | {"memory": memory})
         except OSError as error:
             logger.debug("no head start the next time: %s", error)
 

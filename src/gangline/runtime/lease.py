@@ -118,6 +118,7 @@ class EventLease:
         store, started = self._store, 0.0
 
         def found() -> list[int]:
+            """Ask for what is missing; return what is there, and note when waiting began."""
             nonlocal started
             # First of all: slots freed before this thread began to wait wake nobody.
             self._request_missing()

@@ -1,8 +1,9 @@
 """Load a MoE so that its experts never all lie in memory, unless the budget has room for them."""
 
+import gc
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,22 +24,23 @@ from gangline.kernels.reference import ReferenceKernel
 from gangline.models import MoEView, check_conformance, expert_math, install
 from gangline.policies.compositions import make_precision
 from gangline.runtime.arrival import arrive, slot_layout
+from gangline.runtime.deferred_imports import deferred_imports
 from gangline.runtime.engine import Engine, ExpertKernel
 from gangline.runtime.files import IOMode
 from gangline.runtime.filling import begin_filling, open_store, wait_for_all
 from gangline.runtime.footprint import Copies, Footprint
 from gangline.runtime.gpu_experts import GpuExperts, place_experts
 from gangline.runtime.mixed import with_copies
-from gangline.runtime.native_decode import enable_native_decode
+from gangline.runtime.native_decode import NativeDecode, enable_native_decode
 from gangline.runtime.native_generate import enable_native_generate
 from gangline.runtime.opened import OpenedModel, codec_of, open_model
 from gangline.runtime.options import LoadOptions, plan_request
-from gangline.runtime.planner import MemoryPlan, make_plan
+from gangline.runtime.planner import MemoryPlan, make_plan, plan_loaded
 from gangline.runtime.policy_choice import DEFAULT, PolicyChoice, asked_policy, tuned_policy
 from gangline.runtime.policy_setup import live_parts
 from gangline.runtime.progress import byte_bar
 from gangline.runtime.proofs import Proofs, proof_facts
-from gangline.runtime.runtime import Runtime
+from gangline.runtime.runtime import Runtime, resident
 from gangline.runtime.store import ExpertStore
 from gangline.runtime.store_opening import request_all
 
@@ -60,13 +62,17 @@ def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
         CheckpointError, UnsupportedModelError, PackError: the model cannot be read.
         TypeError: there is no such option.
     """
-    asked = LoadOptions(**options)
+    with deferred_imports():
+        return _load(model, LoadOptions(**options))
+
+
+def _load(model: str | Path, asked: LoadOptions) -> PreTrainedModel:
     policy = asked_policy(asked.policy, asked.predictor, asked.mode)
     if asked.threads is not None:
         torch.set_num_threads(asked.threads)
     set_native_threads(torch.get_num_threads())
     opened, asked, gpu = place_experts(_open(model, asked, need_weights=True), asked)
-    plan, _ = _plan(opened, asked)
+    plan, _, again = _plan(opened, asked)
     low = low_codec(opened, asked) if plan.low_slots else None
     for note in plan.notes:
         logger.warning("%s: %s", opened.name, note)
@@ -99,6 +105,7 @@ def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
             store=store,
             proofs=proofs,
             low=None if low is None else _catalog(opened, low[0], asked.progress),
+            again=again,
         )
     except BaseException:
         if store is not None:
@@ -109,6 +116,8 @@ def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
         from gangline.runtime.hash_execution import execute_predictions
 
         execute_predictions(model_run, policy or DEFAULT)
+    if not plan.everything_resident:
+        gc.collect()  # soon due after so many new objects: better not in the middle of a token
     return model_run
 
 
@@ -134,7 +143,7 @@ def plan_model(model: str | Path, **options: Any) -> MemoryPlan:
 
     asked = LoadOptions(**options)
     opened, asked, _ = place_experts(_open(model, asked, need_weights=False), asked)
-    plan, footprint = _plan(opened, asked)
+    plan, footprint, _ = _plan(opened, asked)
     return with_speed(plan, footprint)
 
 
@@ -147,13 +156,16 @@ def _open(model: str | Path, options: LoadOptions, *, need_weights: bool) -> Ope
     return open_model(checkpoint, options.dtype)
 
 
-def _plan(opened: OpenedModel, options: LoadOptions) -> tuple[MemoryPlan, Footprint]:
+def _plan(
+    opened: OpenedModel, options: LoadOptions
+) -> tuple[MemoryPlan, Footprint, Callable[[], MemoryPlan]]:
     footprint = opened.footprint(codec_of(options.precision))
     low = low_codec(opened, options)
     if low is not None:
         footprint = replace(footprint, copies=low[1])
     request = plan_request(options, opened.config, model=opened.name)
-    return make_plan(request, footprint, opened.source.notes), footprint
+    plan = make_plan(request, footprint, opened.source.notes)
+    return plan, footprint, lambda: plan_loaded(plan, request, footprint, resident())
 
 
 def low_codec(opened: OpenedModel, options: LoadOptions) -> tuple[str, Copies] | None:
@@ -182,6 +194,7 @@ def run_from_store(
     store: ExpertStore | None = None,
     proofs: Proofs | None = None,
     low: ExpertCatalog | None = None,
+    again: Callable[[], MemoryPlan] | None = None,
 ) -> PreTrainedModel:
     """Make a model without expert matrices compute its experts from ``catalog`` within ``plan``, or on a GPU.
 
@@ -198,6 +211,7 @@ def run_from_store(
         store: of this plan and catalog, where one is being filled already.
         proofs: checks that the model passed before.
         low: where the copies in low precision can be read, if the plan has slots for them.
+        again: makes the plan that holds once the model is loaded and the native core is to compute it.
 
     Raises:
         UsageError: the parts of ``policy`` cannot be made; see
@@ -226,11 +240,12 @@ def run_from_store(
     context = None if plan.budget is None else plan.context
     decode = enable_native_decode(model, view, engine, context=context, proofs=proofs)
     if decode is not None:
-        runtime.on_close(decode.close)
-        runtime.decodes_natively = True
-        packed = all(isinstance(kernel, NativeKernel) and kernel.packed for kernel in kernels)
-        decode.serves_prompts = packed and decode.decoder.rounds_activations
+        _use_natively(runtime, decode, kernels)
         enable_native_generate(model, decode, runtime.before_step)
+        if again is not None and decode.serves_prompts and gpu is None and not plan.everything_resident:
+            plan = runtime.plan = again()
+            parts = live_parts(policy, view, plan, cache_seed)
+            store.resize([count for _, count, _ in plan.pools], parts.caches)
     object.__setattr__(model, "gangline", runtime)
     if gpu is not None:
         runtime.gpu = gpu
@@ -245,6 +260,14 @@ def run_from_store(
         if decode is not None:
             decode.decoder.set_experts(_resident_table(store, kernels, view))
     return model
+
+
+def _use_natively(runtime: Runtime, decode: NativeDecode, kernels: Sequence[ExpertKernel]) -> None:
+    """Let the native step serve further tokens, and prompts where it multiplies packed weights throughout."""
+    runtime.on_close(decode.close)
+    runtime.decodes_natively = True
+    packed = all(isinstance(kernel, NativeKernel) and kernel.packed for kernel in kernels)
+    decode.serves_prompts = packed and decode.decoder.rounds_activations
 
 
 def _kernels(catalog: ExpertCatalog, view: MoEView, gpu: GpuExperts | None) -> list[ExpertKernel]:

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 KEPT_ROWS = 64
 """Rows of a step up to which its memory is kept for the next one within a budget."""
 KEPT_ROWS_UNBOUNDED = 2048
-"""The same without a budget: new memory for every prompt costs more than the prompt's attention."""
+"""The same without a budget: taking new memory for every prompt costs the system's time."""
 
 _CAPTURE = "transformers.utils.output_capturing"  # its hooks do nothing unless outputs are asked for
 

@@ -12,6 +12,8 @@ from gangline.runtime.footprint import Copies, Footprint
 MIB = 1 << 20
 # Measured on CPU: what torch's libraries allocate on first use, thread stacks, and allocator slack.
 RUNTIME_RESERVE = 144 * MIB
+# Of a loaded model that the native core computes: most of the above has been taken, or never will be.
+NATIVE_RESERVE = 48 * MIB
 PREFILL_ROWS = 2048
 DEFAULT_CONTEXT = 4096
 
@@ -27,7 +29,7 @@ class MemoryPlan:
         context: tokens (over all sequences together) for which keys and values are reserved.
         rows: largest number of rows in one forward pass (a prompt is fed in chunks of this many tokens).
         process: resident bytes of Python and its libraries before the model.
-        reserve: what the libraries will still allocate.
+        reserve: what the libraries will still allocate, from the moment at which ``process`` was measured.
         dense, load_extra: dense weights, and what loading them holds besides for a moment.
         in_file: the part of ``dense`` that stays in its file: an embedding of which only rows are read.
         kv, activations, kernel: key/value cache, one prefill chunk, scratch of the experts' kernels.
@@ -160,6 +162,29 @@ class PlanRequest:
     process: int = 0
     available: int | None = None
     expert_slots: int | None = None
+    reserve: int = RUNTIME_RESERVE
+
+
+def plan_loaded(plan: MemoryPlan, request: PlanRequest, footprint: Footprint, resident: int) -> MemoryPlan:
+    """Plan again once a model is loaded that the native core computes: what is not needed becomes slots.
+
+    Args:
+        plan: that the model was loaded under.
+        request: that it answers.
+        footprint: of the model.
+        resident: memory of this process now, no slot filled.
+    """
+    if plan.everything_resident or request.expert_slots is not None:
+        return plan
+    looked_up = RESIDENT_BYTES if plan.in_file else 0  # nothing has been yet
+    process = max(request.process, resident - (plan.dense - plan.in_file - looked_up))
+    taken = process - request.process
+    if taken + NATIVE_RESERVE >= request.reserve:
+        return plan
+    left = None if request.available is None else request.available - taken
+    again = make_plan(replace(request, process=process, reserve=NATIVE_RESERVE, available=left), footprint)
+    # With room for every expert there are no copies in low precision, for which the model was loaded.
+    return again if len(again.pools) == len(plan.pools) else plan
 
 
 def make_plan(request: PlanRequest, footprint: Footprint, notes: tuple[str, ...] = ()) -> MemoryPlan:
@@ -208,7 +233,7 @@ def _fixed_part(request: PlanRequest, footprint: Footprint, notes: tuple[str, ..
         context=request.context,
         rows=request.rows,
         process=request.process,
-        reserve=RUNTIME_RESERVE,
+        reserve=request.reserve,
         dense=footprint.dense,
         load_extra=footprint.load_extra,
         in_file=max(0, footprint.table - RESIDENT_BYTES),

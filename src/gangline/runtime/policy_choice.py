@@ -2,13 +2,12 @@
 
 import json
 import logging
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from gangline.core.errors import UsageError
-from gangline.core.home import cache_dir
+from gangline.core.home import cache_dir, write_record
 from gangline.policies.compositions import Composition, composition, find_composition, require_exact, to_dict
 
 logger = logging.getLogger(__name__)
@@ -138,9 +137,7 @@ def store_tuned(file: Path, choice: PolicyChoice, about: dict[str, Any]) -> None
         "learned": None if choice.learned is None else str(choice.learned.resolve()),
         **about,
     }
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    write_record(file, data)
 
 
 def tuned_policy(model: str, precision: str, memory: int | None) -> PolicyChoice | None:

@@ -11,7 +11,6 @@ import logging
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -22,7 +21,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import gangline
-from gangline.core.home import cache_dir
+from gangline.core.home import cache_dir, write_record
 from gangline.kernels.cpu import cpu_features, native
 
 logger = logging.getLogger(__name__)
@@ -183,12 +182,7 @@ def _read(file: Path, facts: dict[str, Any]) -> list[str]:
 
 
 def _write(file: Path, record: dict[str, Any]) -> None:
-    """Put a record in place at once, so that no reader meets a part of it."""
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=file.parent, prefix=".", suffix=".tmp", delete=False, encoding="utf-8"
-        ) as part:
-            json.dump(record, part)
-        Path(part.name).replace(file)
+        write_record(file, record)
     except OSError as error:
         logger.debug("what a model proves cannot be kept: %s", error)

@@ -33,7 +33,7 @@ class RouterScores:
         block: the layer.
 
     Attributes:
-        experts: E.
+        experts: E. dtype: of the router.
         sigmoid: whether scores are sigmoids and no softmax.
         matrix: the native core's view of the router's matrix, whose products are in fp32 for any number of
             tokens and layers at once; None where the scores are torch's.
@@ -57,7 +57,7 @@ class RouterScores:
         for name in ("_forward_hooks", "_forward_pre_hooks"):
             object.__setattr__(router, name, OrderedDict())
         self._block = replace(block, router=router)
-        self._dtype = next(block.router.parameters()).dtype
+        self.dtype = next(block.router.parameters()).dtype
         self.experts = block.geometry.experts
         self.sigmoid = block.router_spec is not None and block.router_spec.score == "sigmoid"
         self._token_ids = torch.zeros(1, dtype=torch.long)
@@ -70,7 +70,7 @@ class RouterScores:
         if self.matrix is not None:
             return cast("NDArray[np.float32]", _native_scores([self.matrix], self, x_TD)[0].numpy())
         with torch.no_grad():
-            x_TD = x_TD.to(self._dtype)
+            x_TD = x_TD.to(self.dtype)
             weight_ED = self._weight_ED
             logits_TE = self._ask(x_TD) if weight_ED is None else functional.linear(x_TD, weight_ED)
             logits_TE = logits_TE.float()
@@ -89,7 +89,7 @@ class RouterScores:
         if weight_ED is None or weight_ED.dim() != 2 or weight_ED.is_meta:
             return None
         generator = torch.Generator().manual_seed(0)
-        x_TD = torch.randn(4, weight_ED.shape[1], generator=generator).to(self._dtype)
+        x_TD = torch.randn(4, weight_ED.shape[1], generator=generator).to(self.dtype)
         with torch.no_grad():
             asked_TE, plain_TE = self._ask(x_TD).float(), functional.linear(x_TD, weight_ED).float()
         same = asked_TE.shape == plain_TE.shape and torch.allclose(asked_TE, plain_TE, rtol=1e-2, atol=1e-2)
@@ -129,7 +129,7 @@ class RouterGates(list[RouterScores]):
     def _together(self, layers: Sequence[int], x_TD: Any) -> Tensor | None:
         """Return the scores ``[layers, T, E]`` by one native product; None where there is none."""
         asked = [self[layer] for layer in layers]
-        if len({(one.matrix is None, one.experts, one.sigmoid) for one in asked}) > 1 or not asked:
+        if len({(one.matrix is None, one.experts, one.dtype, one.sigmoid) for one in asked}) > 1 or not asked:
             return None
         if asked[0].matrix is None:
             return None

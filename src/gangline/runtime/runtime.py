@@ -344,6 +344,11 @@ class Runtime:
             )
 
 
+def resident() -> int:
+    """Return the resident memory of this process, in bytes."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def peak_resident() -> int:
     """Return the largest resident memory of this process so far, in bytes (the current one where unknown).
 
@@ -354,7 +359,7 @@ def peak_resident() -> int:
         for line in status.read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    return int(psutil.Process().memory_info().rss)
+    return resident()
 
 
 def _past_tokens(kwargs: dict[str, Any]) -> int:

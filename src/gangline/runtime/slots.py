@@ -63,13 +63,21 @@ class SlotPool:
     def __init__(self, slot_bytes: int, count: int, policy: CachePolicy) -> None:
         self.slot_bytes = slot_bytes
         self.policy = policy
-        self.slots = [Slot(index * slot_bytes) for index in range(count)]
+        self.resize(count)
+
+    def resize(self, count: int) -> None:
+        """Have so many slots, all free: nothing may have been read yet.
+
+        Raises:
+            BudgetError: see above.
+        """
+        self.slots = [Slot(index * self.slot_bytes) for index in range(count)]
         self.free = self.slots[::-1]
         try:
-            self._map = map_anonymous(slot_bytes * count)
+            self._map = map_anonymous(self.slot_bytes * count)
         except OSError as error:
             raise BudgetError(
-                f"cannot map {format_size(slot_bytes * count)} for expert slots: {error}"
+                f"cannot map {format_size(self.slot_bytes * count)} for expert slots: {error}"
             ) from error
         self.view = memoryview(self._map)
         self.address = int(np.frombuffer(self._map, dtype=np.uint8).ctypes.data)

@@ -191,6 +191,20 @@ class ExpertStore:
             for pool, policy in zip(self._all_pools, policies, strict=True):
                 pool.policy = policy
 
+    def resize(self, counts: Sequence[int], policies: Sequence[CachePolicy]) -> None:
+        """Go on with so many slots in each pool, and with policies for them, before anything is read.
+
+        Raises:
+            StoreError: an expert has been asked for.
+            BudgetError: the slots cannot be mapped.
+        """
+        with self._lock:
+            if self._table or self._tickets or self._draining:
+                raise StoreError("experts have slots already; their number stays")
+            for pool, count, policy in zip(self._all_pools, counts, policies, strict=True):
+                pool.policy = policy
+                pool.resize(count)
+
     def bind_with(self, bind: Bind, forms: Sequence[Hashable] | None = None) -> None:
         """Say what makes the objects that kernels compute with, of a store that was opened without.
 

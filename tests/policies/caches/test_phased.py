@@ -1,4 +1,4 @@
-"""The default cache: HOBBIT while it decodes, even layers after a prompt."""
+"""The default cache: one pool by recent uses while it decodes, even layers after a prompt."""
 
 from collections import Counter
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gangline.core.events import RoutingEvent
 from gangline.core.keys import ExpertKey
-from gangline.policies.caches.hobbit import HobbitCache
+from gangline.policies.caches.aged_lfu import AgedLFU
 from gangline.policies.caches.phased import PhasedCache
 from gangline.policies.caches.quotas import layer_quotas
 from policy_replay import random_events, replay
@@ -21,10 +21,10 @@ def phased(slots, layers=LAYERS):
 
 
 @given(st.integers(0, 10**6), st.integers(TOP_K, LAYERS * EXPERTS), st.floats(0, 1))
-def test_it_is_hobbit_while_it_decodes(seed, slots, sticky):
+def test_it_is_one_pool_while_it_decodes(seed, slots, sticky):
     events = random_events(seed, layers=LAYERS, experts=EXPERTS, top_k=TOP_K, sticky=sticky)
     assert all(event.phase == "decode" for event in events)
-    assert replay(phased(slots), slots, events) == replay(HobbitCache([EXPERTS] * LAYERS), slots, events)
+    assert replay(phased(slots), slots, events) == replay(AgedLFU([EXPERTS] * LAYERS), slots, events)
 
 
 def prompt(step, layer, counts):
@@ -57,7 +57,7 @@ def test_a_prompt_leaves_every_layer_its_quota(seed, slots):
     held = Counter(key.layer for key in stream(phased(slots), slots, events))
     quotas = layer_quotas(slots, [TOP_K] * LAYERS, [EXPERTS] * LAYERS)
     assert all(held[layer] >= quota for layer, quota in enumerate(quotas))
-    alone = Counter(k.layer for k in stream(HobbitCache([EXPERTS] * LAYERS), slots, events))
+    alone = Counter(k.layer for k in stream(AgedLFU([EXPERTS] * LAYERS), slots, events))
     assert sum(held.values()) == sum(alone.values()) == slots
 
 

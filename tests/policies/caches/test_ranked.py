@@ -55,7 +55,7 @@ def victims(policy, slots, events, rng):
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("name", ["hobbit", "mrs", "moe-infinity", "buffering", "read-me"])
+@pytest.mark.parametrize("name", ["aged-lfu", "hobbit", "mrs", "moe-infinity", "buffering", "read-me"])
 @given(seed=st.integers(0, 2**20), slots=st.integers(4, 20))
 def test_the_same_victims(name, scope, seed, slots):
     rng = np.random.default_rng(seed)

@@ -30,6 +30,8 @@ class SparsifySettings:
             the layer puts out in the model before pruning (``reconstruct.py``); 0 for not at all.
         distill_tokens: on so many tokens the pruned experts learn from the model before pruning
             (``distill.py``); 0 for not at all.
+        distill_text: share of the text's own next tokens in what is learned then, the rest being what the
+            model before pruning says.
     """
 
     pattern: str = "2:4"
@@ -40,6 +42,7 @@ class SparsifySettings:
     permute: bool = False
     reconstruct: int = 0
     distill_tokens: int = 0
+    distill_text: float = 0.0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -48,6 +51,10 @@ class SparsifySettings:
             raise UsageError("min_tokens must be at least 1, and damping above 0 and below 10")
         if self.reconstruct < 0 or self.distill_tokens < 0:
             raise UsageError("reconstruct and distill_tokens must be 0 or more")
+        if not 0 <= self.distill_text <= 1:
+            raise UsageError("distill_text is a share, from 0 to 1")
+        if self.distill_text and not self.distill_tokens:
+            raise UsageError("distill_text is a share of what is learned: give distill_tokens too")
         _ = self.codec
 
     @property

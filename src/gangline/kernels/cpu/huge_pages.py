@@ -3,8 +3,8 @@
 Linux gives huge pages to private anonymous mappings that ask for them. Memory of ``malloc``, and of
 ``mmap.mmap(-1, n)`` as Python maps it by default (shared), stays in pages of 4 KiB on most machines.
 
-A page that nobody has used lately must be found and zeroed, on a virtual machine perhaps by the host: up to
-2.6 ms a MiB seen. What every prompt needs anew is therefore kept for the next one (``recycled``).
+A page that nobody has used lately must be found and zeroed, on a virtual machine perhaps by the host. What
+every prompt needs anew is therefore kept for the next one (``recycled``).
 """
 
 import math

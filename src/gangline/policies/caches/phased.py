@@ -1,28 +1,28 @@
-"""The default cache: HOBBIT's ranks while the model decodes, layer quotas while a prompt streams.
+"""The default cache: counts of recent uses while the model decodes, layer quotas while a prompt streams.
 
-Decoding keeps what is used often and recently, and gives up first what lies in layers just passed, which are
-needed again last: HOBBIT's multidimensional ranking (arXiv 2411.01433) over one pool of slots. A prompt asks
-every layer in turn for most of its experts. Under one ranking each layer would flush another (sequential
-flooding: offloading survey design, fact 4), and what stays behind would be all of some layers and none of
-others; so a layer over its quota loses its own lowest rank then, as under ``layer-lru``.
+Decoding keeps what is used often of late, and gives up first what lies in layers just passed, which are
+needed again last: :class:`AgedLFU` over one pool of slots. A prompt asks every layer in turn for most of its
+experts. Under one ranking each layer would flush another (sequential flooding: offloading survey design, fact
+4), and what stays behind would be all of some layers and none of others; so a layer over its quota loses its
+own lowest rank then, as under ``layer-lru``.
 """
 
 from collections.abc import Sequence
 
 from gangline.core.events import RoutingEvent
 from gangline.core.keys import ExpertKey
-from gangline.policies.caches.hobbit import HobbitCache
+from gangline.policies.caches.aged_lfu import AgedLFU
 from gangline.policies.caches.protocol import Evictable
 from gangline.policies.caches.quotas import layer_quotas
 from gangline.policies.caches.ranked import over_quota
 
 
-class PhasedCache(HobbitCache):
-    """Ranks as HOBBIT does; evicts from one pool while decoding, by layer during prompts.
+class PhasedCache(AgedLFU):
+    """Ranks as :class:`AgedLFU` does; evicts from one pool while decoding, by layer during prompts.
 
     Args:
         slots: in all. top_k, experts: of each layer.
-        weights: see :class:`HobbitCache`.
+        age, nearness: see :class:`AgedLFU`.
     """
 
     def __init__(
@@ -30,9 +30,10 @@ class PhasedCache(HobbitCache):
         slots: int,
         top_k: Sequence[int],
         experts: Sequence[int],
-        weights: tuple[float, float, float, float] = (0.25, 0.25, 0.25, 0.25),
+        age: float = 0.97,
+        nearness: float = 2.0,
     ) -> None:
-        super().__init__(experts, weights)
+        super().__init__(experts, age, nearness)
         self._layer_quotas = layer_quotas(slots, top_k, experts)
         self._held = [0] * len(experts)
         self._prompt = False

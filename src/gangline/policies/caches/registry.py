@@ -9,6 +9,7 @@ from gangline.core.errors import UsageError
 from gangline.core.events import RoutingEvent
 from gangline.core.geometry import MoEGeometry
 from gangline.core.keys import ExpertKey
+from gangline.policies.caches.aged_lfu import AgedLFU
 from gangline.policies.caches.arc import ARC
 from gangline.policies.caches.belady import Belady
 from gangline.policies.caches.buffering import ExpertBuffering
@@ -70,7 +71,8 @@ CACHES: dict[str, Callable[..., CachePolicy]] = {
     "random": lambda s, seed=0: RandomEviction(seed),
     "static-hot": _hot,
     "hobbit": lambda s, weights=(0.25, 0.25, 0.25, 0.25): HobbitCache(s.experts, weights, s.quotas),
-    "phased": lambda s, weights=(0.25, 0.25, 0.25, 0.25): PhasedCache(s.slots, s.top_k, s.experts, weights),
+    "aged-lfu": lambda s, age=0.97, nearness=2.0: AgedLFU(s.experts, age, nearness, s.quotas),
+    "phased": lambda s, age=0.97, nearness=2.0: PhasedCache(s.slots, s.top_k, s.experts, age, nearness),
     "mrs": _mrs,
     "moe-infinity": lambda s, eps=1e-4: MoEInfinityCache(s.experts, s.quotas, eps=eps),
     "fate": lambda s, shallow=3: FateCache(s.slots, s.top_k, s.experts, shallow),

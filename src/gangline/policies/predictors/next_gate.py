@@ -68,7 +68,7 @@ class NextGate(Predictor):
         least_precision: float | None = None,
     ) -> None:
         self.gates, self.ahead, self.top_k, self.most_tokens = gates, ahead, top_k, most_tokens
-        self.least_precision, self.record = least_precision, TrackRecord(top_k)
+        self._trust = None if least_precision is None else TrackRecord(top_k, least_precision)
         self._several = gates if isinstance(gates, Several) else None
 
     def after_gate(self, event: RoutingEvent) -> list[Forecast]:
@@ -82,15 +82,17 @@ class NextGate(Predictor):
                 "the next-gate predictor needs gate inputs; record the trace with them, "
                 "or choose another predictor"
             )
-        self.record.judge(event)
+        if self._trust is not None:
+            self._trust.judge(event)
         if self.most_tokens is not None and event.tokens > self.most_tokens:
             return []
-        trusted = self.least_precision is None or self.record.precision >= self.least_precision
-        if not trusted and event.step % RETRY:
+        if self._trust is None:
+            return self._forecasts(event)
+        if not self._trust.earned and event.step % RETRY:
             return []
         forecasts = self._forecasts(event)
-        self.record.note(forecasts)
-        return forecasts if trusted else []
+        self._trust.note(forecasts)
+        return forecasts if self._trust.earned else []
 
     def _forecasts(self, event: RoutingEvent) -> list[Forecast]:
         assert event.detail is not None

@@ -1,7 +1,7 @@
 """How often a predictor was right lately, so that nobody acts on one that is mostly wrong.
 
-Ours, for what no paper measures: a forecast that fails costs its bytes twice, since it takes a slot as well.
-Counted in events, not in seconds, so that a simulation decides as the engine does.
+Not from a paper. A forecast that fails costs the time of its bytes, and the slot of an expert that may be
+wanted. Counted in events, not in seconds, so that a simulation decides as the engine does.
 """
 
 from collections.abc import Sequence
@@ -18,15 +18,21 @@ class TrackRecord:
 
     Args:
         top_k: experts of a forecast that count.
+        least: precision from which forecasts may be acted on.
 
     Attributes:
         precision: that share; 1 before anything is known.
     """
 
-    def __init__(self, top_k: int | None) -> None:
-        self.precision = 1.0
+    def __init__(self, top_k: int | None, least: float) -> None:
+        self.precision, self._least = 1.0, least
         self._top_k = top_k
         self._said: dict[int, Forecast] = {}
+
+    @property
+    def earned(self) -> bool:
+        """Whether forecasts may be acted on."""
+        return self.precision >= self._least
 
     def judge(self, event: RoutingEvent) -> None:
         """Compare what was said of the event's layer with what it uses."""

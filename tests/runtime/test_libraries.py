@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from gangline.cli import startup
+from gangline.runtime import libraries
 
 PLAIN = """
 import transformers, transformers.models, torch
@@ -23,7 +24,14 @@ import_libraries()
 assert gc.isenabled() is before and gc.get_freeze_count() > 0
 import transformers, transformers.models, torch
 from transformers.utils import import_utils
-assert import_utils.create_import_structure_from_path.cache_info().currsize
+assert hasattr(import_utils.create_import_structure_from_path, "cache_info")
+"""
+LIBRARY = """
+import gc
+assert gc.get_freeze_count() == 0
+import gangline
+assert callable(gangline.load) and gc.isenabled() and gc.get_freeze_count() == 0
+import transformers, transformers.models, torch
 """
 REPORT = """
 import json
@@ -37,15 +45,17 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_libraries_are_as_the_plain_import_leaves_them():
-    plain, quick = (
+    plain, *others = (
         subprocess.run(
             [sys.executable, "-c", code + REPORT], capture_output=True, text=True, check=True
         ).stdout
-        for code in (PLAIN, QUICK)
+        for code in (PLAIN, QUICK, QUICK, LIBRARY, "import torch\n" + LIBRARY)
     )
-    assert json.loads(quick) == json.loads(plain)
-    assert len(json.loads(quick)["models"]) > 100
+    for quick in others:
+        assert json.loads(quick) == json.loads(plain)
+    assert len(json.loads(plain)["models"]) > 100
 
 
 def test_what_is_imported_is_left_alone(monkeypatch):
@@ -56,16 +66,6 @@ def test_what_is_imported_is_left_alone(monkeypatch):
     assert gc.get_freeze_count() == frozen
 
 
-@pytest.mark.parametrize("missing", ["module", "function", "cache"])
-def test_a_transformers_that_looks_otherwise_is_imported_as_it_is(monkeypatch, missing):
-    home = SimpleNamespace()
-    if missing == "cache":
-        home.create_import_structure_from_path = look = lambda path: path
-    monkeypatch.setitem(sys.modules, "transformers.utils.import_utils", None if missing == "module" else home)
-    with startup._one_look_at_models(SimpleNamespace(__file__="/x/transformers/__init__.py")):
-        assert missing != "cache" or home.create_import_structure_from_path is look
-
-
 @pytest.mark.parametrize("missing", [None, "torch", "system", "dlopen", "files"])
 def test_maps_what_is_there(monkeypatch, tmp_path, missing):
     opened = []
@@ -74,15 +74,15 @@ def test_maps_what_is_there(monkeypatch, tmp_path, missing):
         opened.append(Path(os.fsdecode(path)).name)
 
     here = SimpleNamespace() if missing == "dlopen" else SimpleNamespace(dlopen=dlopen)
-    monkeypatch.setattr(startup.ctypes, "CDLL", lambda name: here)
+    monkeypatch.setattr(libraries.ctypes, "CDLL", lambda name: here)
     spec = SimpleNamespace(origin=str(tmp_path / "torch" / "__init__.py"))
-    monkeypatch.setattr(startup, "find_spec", lambda name: None if missing == "torch" else spec)
-    monkeypatch.setattr(startup.sys, "platform", "plan9" if missing == "system" else "linux")
+    monkeypatch.setattr(libraries, "find_spec", lambda name: None if missing == "torch" else spec)
+    monkeypatch.setattr(libraries.sys, "platform", "plan9" if missing == "system" else "linux")
     names = ["libtorch_global_deps.so", "libtorch_cpu.so"]
     (tmp_path / "torch" / "lib").mkdir(parents=True)
     for name in [] if missing == "files" else names:
         (tmp_path / "torch" / "lib" / name).write_bytes(b"")
-    startup._map_torch()
+    libraries._map_torch()
     assert opened == (names if missing is None else [])
 
 
@@ -102,7 +102,8 @@ def test_the_second_thread_does_something_else_meanwhile():
 def test_a_library_that_cannot_be_mapped_stops_nobody():
     code = (
         "from gangline.cli import startup\n"
-        "startup._map_torch = lambda: 1 // 0\n"
+        "from gangline.runtime import libraries\n"
+        "libraries._map_torch = lambda: 1 // 0\n"
         "startup.import_libraries()\n"
         "import torch; print(torch.ones(2).sum().item())\n"
     )
