@@ -5,8 +5,8 @@ import pytest
 
 from gangline.core.events import RoutingDetail, RoutingEvent
 from gangline.core.forecast import Forecast
-from gangline.policies.predictors.next_gate import RETRY, NextGate
-from gangline.policies.predictors.track_record import MEMORY, TrackRecord
+from gangline.policies.predictors.next_gate import NextGate
+from gangline.policies.predictors.track_record import MEMORY, RETRY, TrackRecord
 
 LAYERS, EXPERTS = 4, 6
 
@@ -35,29 +35,38 @@ def test_precision_is_a_running_mean_of_the_next_layer_alone():
     assert record.precision == pytest.approx(1 - MEMORY / 2)
 
 
-def test_next_gate_is_heard_while_it_is_right():
-    """Gates that score what they are given: the forecast is the two largest entries of the input."""
-    predictor = NextGate([lambda x: x] * LAYERS, 2, 2, least_precision=0.5)
+def heard(predictor, used_by_pass, first=0):
+    """Forecasts of each event where gates score what they are given: always experts 0 and 1."""
     scores = np.array([0.4, 0.3, 0.1, 0.1, 0.05, 0.05])
+    return [
+        [len(predictor.after_gate(event(number, layer, used, scores))) for layer in range(LAYERS)]
+        for number, used in enumerate(used_by_pass, first)
+    ]
 
-    def step(number, used):
-        return [len(predictor.after_gate(event(number, layer, used, scores))) for layer in range(LAYERS)]
 
+def next_gate():
+    return NextGate([lambda x: x] * LAYERS, 2, 2, least_precision=0.5)
+
+
+def test_next_gate_is_heard_while_it_is_right():
+    wrong = 12
+    told = heard(next_gate(), [(0, 1)] * 3 + [(4, 5)] * wrong + [(0, 1)] * 60)
     full = [2, 2, 1, 0]
-    assert all(step(number, (0, 1)) == full for number in range(3))
-    number = 3
-    while any(step(number, (4, 5))):
-        number += 1
-    assert 3 < number < 12
-    later = range(number + 1, number + 60)
-    told = {n: step(n, (0, 1)) for n in later}
-    compared = next(n for n in later if n % RETRY == 0)
-    assert not any(any(told[n]) for n in later if n < compared)
-    assert any(any(told[n]) for n in (compared, compared + 1)) and told[later[-1]] == full
+    assert told[:3] == [full] * 3
+    lost = next(number for number, said in enumerate(told) if said != full)
+    assert 3 < lost < 3 + wrong
+    silent = told[lost + 1 : lost + 1 + RETRY]
+    assert len(silent) == RETRY and not any(map(any, silent))
+    assert told[-1] == full
+
+
+def test_the_number_of_the_first_pass_does_not_matter():
+    """A live model may have run before; a replay begins at 0."""
+    passes = [(0, 1)] * 3 + [(4, 5)] * 12 + [(0, 1)] * 60
+    told = heard(next_gate(), passes)
+    assert all(heard(next_gate(), passes, first) == told for first in range(1, RETRY + 1))
 
 
 def test_without_a_bound_it_is_always_heard():
-    predictor = NextGate([lambda x: x] * LAYERS, 1, 2)
-    scores = np.array([0.4, 0.3, 0.1, 0.1, 0.05, 0.05])
-    heard = [predictor.after_gate(event(n, layer, (4, 5), scores)) for n in range(20) for layer in (0, 1)]
-    assert all(heard)
+    told = heard(NextGate([lambda x: x] * LAYERS, 1, 2), [(4, 5)] * 20)
+    assert told == [[1, 1, 1, 0]] * 20

@@ -19,9 +19,6 @@ from gangline.policies.predictors.protocol import Predictor
 from gangline.policies.predictors.ranking import ranked
 from gangline.policies.predictors.track_record import TrackRecord
 
-RETRY = 8
-"""Every so many passes a predictor that is not trusted shows whether it would be right now."""
-
 Gate = Callable[[Any], Any]
 """Takes gate inputs ``[T, D]`` and returns scores ``[T, E]``, of NumPy or torch."""
 
@@ -88,7 +85,7 @@ class NextGate(Predictor):
             return []
         if self._trust is None:
             return self._forecasts(event)
-        if not self._trust.earned and event.step % RETRY:
+        if not self._trust.tested(event.step):
             return []
         forecasts = self._forecasts(event)
         self._trust.note(forecasts)
