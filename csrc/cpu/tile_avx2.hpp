@@ -14,8 +14,9 @@ namespace {
 struct Avx2 {
     static constexpr int vectors = 2;
     static constexpr int row_blocks = 1;
-    static constexpr int tokens = 2;
+    static constexpr int tokens = 4;
     static constexpr bool signed_bytes = true;
+    static constexpr bool gathers = true;
     using Bytes = __m256i;
     using Ints = __m256i;
     using Floats = __m256;
@@ -69,6 +70,14 @@ struct Avx2 {
         partial = First ? products(w, x) : _mm256_add_epi16(partial, products(w, x));
         if (Last) dot = _mm256_add_epi32(dot, _mm256_madd_epi16(partial, _mm256_set1_epi16(1)));
     }
+
+    static Partial pairs(int a) { return _mm256_set1_epi16(static_cast<short>(a)); }
+    static void gather(Partial& partial, const Plain& w, Bytes x) { partial = _mm256_add_epi16(partial, products(w, x)); }
+    static __m256i load_pair_scales(const std::uint8_t* scales, int at) {
+        const __m256i rows = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + at)));
+        return _mm256_blend_epi16(rows, _mm256_slli_epi32(rows, 16), 0xAA);
+    }
+    static Ints widen(Partial partial, __m256i pair_scales) { return _mm256_madd_epi16(partial, pair_scales); }
 
     static Ints ints(std::int32_t a) { return _mm256_set1_epi32(a); }
     static Ints multiply(Ints a, Ints b) { return _mm256_mullo_epi32(a, b); }

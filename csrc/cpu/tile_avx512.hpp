@@ -93,6 +93,7 @@ struct Avx512 : Avx512Base {
     static constexpr int row_blocks = 2;
     static constexpr int tokens = 4;
     static constexpr bool signed_bytes = true;
+    static constexpr bool gathers = true;
     using Partial = __m512i;
 
     struct Plain {
@@ -123,6 +124,13 @@ struct Avx512 : Avx512Base {
         partial = First ? products(w, x) : _mm512_add_epi16(partial, products(w, x));
         if (Last) dot = _mm512_add_epi32(dot, _mm512_madd_epi16(partial, _mm512_set1_epi16(1)));
     }
+    static Partial pairs(int a) { return _mm512_set1_epi16(static_cast<short>(a)); }
+    static void gather(Partial& partial, const Plain& w, Bytes x) { partial = _mm512_add_epi16(partial, products(w, x)); }
+    static __m512i load_pair_scales(const std::uint8_t* scales, int at) {
+        const __m512i rows = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + at)));
+        return _mm512_mask_mov_epi16(rows, 0xAAAAAAAA, _mm512_slli_epi32(rows, 16));
+    }
+    static Ints widen(Partial partial, __m512i pair_scales) { return _mm512_madd_epi16(partial, pair_scales); }
 };
 
 #if defined(__AVX512VNNI__)
@@ -130,6 +138,7 @@ struct Avx512Vnni : Avx512Base {
     static constexpr int row_blocks = 2;
     static constexpr int tokens = 6;
     static constexpr bool signed_bytes = false;
+    static constexpr bool gathers = false;
     struct Partial {};
 
     template <Format>

@@ -14,6 +14,7 @@ struct Neon {
     static constexpr int row_blocks = 1;
     static constexpr int tokens = 4;
     static constexpr bool signed_bytes = true;
+    static constexpr bool gathers = false;
     using Bytes = uint8x16_t;
     using Ints = int32x4_t;
     using Floats = float32x4_t;

@@ -91,31 +91,68 @@ GANGLINE_INLINE typename S::Bytes unpack(const Step& at, int v) {
     }
 }
 
+// Calls body(t, r, v, i, weights, activations) for all products of quad i, and so for every quad of a step.
+template <class S, Format F, int R, int T, class Body>
+GANGLINE_INLINE void for_products(const Step (&at)[R], const std::int8_t* x, std::ptrdiff_t x_stride, Body&& body) {
+    constexpr int V = S::vectors;
+    unrolled<step_quads>([&](auto i) GANGLINE_INLINE_LAMBDA {
+        typename S::template Weights<F> w[R][V];
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) w[r][v] = S::template prepare<F>(unpack<S, F, decltype(i)::value>(at[r], v));
+        for (int t = 0; t < T; ++t) {
+            const auto four = S::broadcast4(x + t * x_stride + quad_columns * decltype(i)::value);
+            for (int r = 0; r < R; ++r)
+                for (int v = 0; v < V; ++v) body(t, r, v, i, w[r][v], four);
+        }
+    });
+}
+
 // Integer dot products of one group, without the zero points, added to `dot`.
 template <class S, Format F, int R, int T>
 GANGLINE_INLINE void dot_group(const std::uint8_t* const (&codes)[R], int group, const std::int8_t* q,
                                std::ptrdiff_t q_stride, typename S::Ints (&dot)[T][R][S::vectors]) {
-    constexpr int V = S::vectors;
     constexpr int flush = products_in_16_bits(F);
     for (int step = 0; step < group / step_columns; ++step) {
-        typename S::Partial partial[T][R][V];
+        typename S::Partial partial[T][R][S::vectors];
         Step at[R];
         for (int r = 0; r < R; ++r) at[r] = step_of<F>(codes[r], group, step);
-        const std::int8_t* x = q + step * step_columns;
-        unrolled<step_quads>([&](auto index) GANGLINE_INLINE_LAMBDA {
+        for_products<S, F, R, T>(at, q + step * step_columns, q_stride,
+                                 [&](int t, int r, int v, auto index, auto w, auto four) GANGLINE_INLINE_LAMBDA {
             constexpr int i = decltype(index)::value;
-            typename S::template Weights<F> w[R][V];
-            for (int r = 0; r < R; ++r)
-                for (int v = 0; v < V; ++v) w[r][v] = S::template prepare<F>(unpack<S, F, i>(at[r], v));
-            for (int t = 0; t < T; ++t) {
-                const auto four = S::broadcast4(x + t * q_stride + quad_columns * i);
-                for (int r = 0; r < R; ++r)
-                    for (int v = 0; v < V; ++v)
-                        S::template add_products<i % flush == 0, i % flush == flush - 1>(dot[t][r][v], partial[t][r][v],
-                                                                                        w[r][v], four);
-            }
+            S::template add_products<i % flush == 0, i % flush == flush - 1>(dot[t][r][v], partial[t][r][v], w, four);
         });
     }
+}
+
+// Where scales are bytes and groups a step, sets that add products in 16 bits keep a whole group there, zero point and all
+// (the sum is at most 30480: half of 32 products of a code and 127), and widen by the multiplication with the scale.
+template <class S, Format F>
+constexpr bool gathers_groups() {
+    return S::gathers && code_bits(F) <= 4 && F != Format::tile_mxfp4;
+}
+
+// Dot products of one group, times the weights' scales: the numbers of dot_group and load_factors, exactly.
+template <class S, Format F, int R, int T>
+GANGLINE_INLINE void gather_group(const std::uint8_t* const (&codes)[R], const std::uint8_t* scales, std::size_t block_bytes,
+                                  const std::int8_t* q, std::ptrdiff_t q_stride, const std::int32_t* sum,
+                                  std::ptrdiff_t groups, typename S::Ints (&scaled)[T][R][S::vectors]) {
+    constexpr int V = S::vectors;
+    typename S::Partial partial[T][R][V];
+    for (int t = 0; t < T; ++t) {
+        const auto start = S::pairs(-(code_zero(F) / 2) * sum[t * groups]);  // both halves of a pair have it
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) partial[t][r][v] = start;
+    }
+    Step at[R];
+    for (int r = 0; r < R; ++r) at[r] = step_of<F>(codes[r], step_columns, 0);
+    for_products<S, F, R, T>(at, q, q_stride, [&](int t, int r, int v, auto, auto w, auto four) GANGLINE_INLINE_LAMBDA {
+        S::gather(partial[t][r][v], w, four);
+    });
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) {
+            const auto factor = S::load_pair_scales(scales + static_cast<std::size_t>(r) * block_bytes, v * (tile_rows / V));
+            for (int t = 0; t < T; ++t) scaled[t][r][v] = S::widen(partial[t][r][v], factor);
+        }
 }
 
 // A set that must see int8 codes as signed numbers has taken 128 from each.
@@ -164,9 +201,12 @@ GANGLINE_INLINE void store_rows(float* y, const typename S::Floats (&acc)[V], in
     for (int r = 0; r < rows; ++r) y[r] = part[r];
 }
 
+// What the scales of the weights are: fp16 numbers (E8M0 for mxfp4); bytes; or bytes of groups that gather_group can take.
+enum class Scales { halves, bytes, gathered };
+
 // R row blocks from `block` on times T tokens from `token` on. The last block has `last_rows` rows.
 // A function of its own: inlined, the many copies would share and spill registers.
-template <class S, Format F, bool ByteScales, int R, int T>
+template <class S, Format F, Scales K, int R, int T>
 GANGLINE_APART void multiply_block(const Matrix& w, const TileLayout& tile, const std::uint8_t* block, const Activations& x, int token,
                     float* y, std::ptrdiff_t y_stride, int last_rows) {
     constexpr int V = S::vectors;
@@ -189,14 +229,23 @@ GANGLINE_APART void multiply_block(const Matrix& w, const TileLayout& tile, cons
             const std::uint8_t* codes[R];
             for (int r = 0; r < R; ++r) codes[r] = group_codes + static_cast<std::size_t>(r) * tile.block_bytes;
             typename S::Ints dot[T][R][V];
-            start_group<S, F, R, T>(zeros, tile.block_bytes, w.has_zeros, sum + g, groups, dot);
-            dot_group<S, F, R, T>(codes, w.group, q + std::ptrdiff_t{g} * w.group, x.padded, dot);
-            for (int r = 0; r < R; ++r) {
-                for (int v = 0; v < V; ++v) {
-                    const auto factor = load_factors<S, F, ByteScales>(scales + static_cast<std::size_t>(r) * tile.block_bytes, v * lanes);
-                    for (int t = 0; t < T; ++t) {
-                        const auto scaled = S::times(factor, S::to_floats(dot[t][r][v]));
-                        acc[t][r][v] = S::fused(scaled, S::floats(scale[t * groups + g]), acc[t][r][v]);
+            if constexpr (K == Scales::gathered) {
+                gather_group<S, F, R, T>(codes, scales, tile.block_bytes, q + std::ptrdiff_t{g} * step_columns, x.padded, sum + g,
+                                         groups, dot);
+                for (int t = 0; t < T; ++t)
+                    for (int r = 0; r < R; ++r)
+                        for (int v = 0; v < V; ++v)
+                            acc[t][r][v] = S::fused(S::to_floats(dot[t][r][v]), S::floats(scale[t * groups + g]), acc[t][r][v]);
+            } else {
+                start_group<S, F, R, T>(zeros, tile.block_bytes, w.has_zeros, sum + g, groups, dot);
+                dot_group<S, F, R, T>(codes, w.group, q + std::ptrdiff_t{g} * w.group, x.padded, dot);
+                for (int r = 0; r < R; ++r) {
+                    for (int v = 0; v < V; ++v) {
+                        const auto factor = load_factors<S, F, K == Scales::bytes>(scales + static_cast<std::size_t>(r) * tile.block_bytes, v * lanes);
+                        for (int t = 0; t < T; ++t) {
+                            const auto scaled = S::times(factor, S::to_floats(dot[t][r][v]));
+                            acc[t][r][v] = S::fused(scaled, S::floats(scale[t * groups + g]), acc[t][r][v]);
+                        }
                     }
                 }
             }
@@ -205,7 +254,7 @@ GANGLINE_APART void multiply_block(const Matrix& w, const TileLayout& tile, cons
             group_codes += tile.group_bytes;
         }
     }
-    if constexpr (ByteScales) {
+    if constexpr (K != Scales::halves) {
         for (int r = 0; r < R; ++r)
             for (int v = 0; v < V; ++v) {
                 const auto of_row = S::load_floats(block + static_cast<std::size_t>(r) * tile.block_bytes, v * lanes);
@@ -233,15 +282,15 @@ struct Ahead {
 };
 
 // All tokens in [begin, end), the widest register blocks first.
-template <class S, Format F, bool ByteScales, int R, int T>
+template <class S, Format F, Scales K, int R, int T>
 GANGLINE_INLINE int multiply_tokens(const Matrix& w, const TileLayout& tile, const std::uint8_t* block, const Activations& x,
                                     int begin, int end, float* y, std::ptrdiff_t y_stride, int last_rows, Ahead& ahead) {
     for (; begin + T <= end; begin += T) {
         ahead.ask();
-        multiply_block<S, F, ByteScales, R, T>(w, tile, block, x, begin, y, y_stride, last_rows);
+        multiply_block<S, F, K, R, T>(w, tile, block, x, begin, y, y_stride, last_rows);
     }
     if constexpr (T > 1) {
-        return multiply_tokens<S, F, ByteScales, R, (T > 4 ? 4 : T > 2 ? 2 : 1)>(w, tile, block, x, begin, end, y, y_stride, last_rows, ahead);
+        return multiply_tokens<S, F, K, R, (T > 4 ? 4 : T > 2 ? 2 : 1)>(w, tile, block, x, begin, end, y, y_stride, last_rows, ahead);
     }
     return begin;
 }
@@ -254,7 +303,7 @@ inline int tokens_in_cache(int padded) {
 }
 
 // Row blocks from `row` on, R at a time while there are so many; returns the row that follows. The last block may be short.
-template <class S, Format F, bool ByteScales, int R, int T>
+template <class S, Format F, Scales K, int R, int T>
 GANGLINE_INLINE int multiply_rows(const Matrix& w, const TileLayout& tile, int row, int row_end, const Activations& x,
                                   int begin, int end, float* y, std::ptrdiff_t y_stride) {
     for (; row + (R - 1) * tile_rows < row_end; row += R * tile_rows) {
@@ -266,7 +315,7 @@ GANGLINE_INLINE int multiply_rows(const Matrix& w, const TileLayout& tile, int r
             ahead.end = ahead.next + R * static_cast<std::ptrdiff_t>(tile.block_bytes);
             ahead.step = (ahead.end - ahead.next) * T / (end - begin) + 64;
         }
-        multiply_tokens<S, F, ByteScales, R, T>(w, tile, block, x, begin, end, y + row, y_stride, left < tile_rows ? left : tile_rows, ahead);
+        multiply_tokens<S, F, K, R, T>(w, tile, block, x, begin, end, y + row, y_stride, left < tile_rows ? left : tile_rows, ahead);
     }
     return row;
 }
@@ -274,7 +323,7 @@ GANGLINE_INLINE int multiply_rows(const Matrix& w, const TileLayout& tile, int r
 // Up to here the weights' way from memory takes longer than the arithmetic.
 constexpr int few_tokens = 4;
 
-template <class S, Format F, bool ByteScales>
+template <class S, Format F, Scales K>
 GANGLINE_INLINE void matmul_tiles_with(const Matrix& w, int row_begin, int row_end, const Activations& x, float* y, std::ptrdiff_t y_stride) {
     const TileLayout tile = TileLayout::of(w);
     const int batch = tokens_in_cache(x.padded);
@@ -284,18 +333,23 @@ GANGLINE_INLINE void matmul_tiles_with(const Matrix& w, int row_begin, int row_e
         // So few tokens wait for memory: one row block after another is one stream of bytes, which the processor fetches
         // ahead by itself.
         if (end - begin > few_tokens) {
-            row = multiply_rows<S, F, ByteScales, S::row_blocks, S::tokens>(w, tile, row, row_end, x, begin, end, y, y_stride);
+            row = multiply_rows<S, F, K, S::row_blocks, S::tokens>(w, tile, row, row_end, x, begin, end, y, y_stride);
         }
-        multiply_rows<S, F, ByteScales, 1, S::tokens>(w, tile, row, row_end, x, begin, end, y, y_stride);
+        multiply_rows<S, F, K, 1, S::tokens>(w, tile, row, row_end, x, begin, end, y, y_stride);
     }
 }
 
 template <class S, Format F>
 void matmul_tiles(const Matrix& w, int row_begin, int row_end, const Activations& x, float* y, std::ptrdiff_t y_stride) {
-    if constexpr (F != Format::tile_mxfp4) {
-        if (w.byte_scales) return matmul_tiles_with<S, F, true>(w, row_begin, row_end, x, y, y_stride);
+    if constexpr (gathers_groups<S, F>()) {
+        if (w.byte_scales && w.group == step_columns && !w.has_zeros) {
+            return matmul_tiles_with<S, F, Scales::gathered>(w, row_begin, row_end, x, y, y_stride);
+        }
     }
-    matmul_tiles_with<S, F, false>(w, row_begin, row_end, x, y, y_stride);
+    if constexpr (F != Format::tile_mxfp4) {
+        if (w.byte_scales) return matmul_tiles_with<S, F, Scales::bytes>(w, row_begin, row_end, x, y, y_stride);
+    }
+    matmul_tiles_with<S, F, Scales::halves>(w, row_begin, row_end, x, y, y_stride);
 }
 
 }  // namespace

@@ -87,7 +87,8 @@ def test_no_intermediate_overflows(name, table, rng, codes, sign):
     w = make(name, 20, 256, rng, codes)
     constant = np.full((2, 256), sign, np.float32)
     alternating = constant * np.where(np.arange(256) % 2, 1, -1).astype(np.float32)
-    for x in (constant, alternating):
+    in_pairs = constant * np.where(np.arange(256) // 2 % 2, 1, -1).astype(np.float32)
+    for x in (constant, alternating, in_pairs):
         assert_close(w, x, multiply(w, x))
 
 
