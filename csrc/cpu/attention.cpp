@@ -15,7 +15,7 @@ AttendChunk attention_in_use() {
     const std::string_view name = kernels().name;
     AttendChunk chosen = nullptr;
     if (name.starts_with("avx512")) chosen = avx512_attention();
-    else if (name.starts_with("avx2")) chosen = avx2_attention();
+    else if (name.starts_with("avx")) chosen = avx2_attention();
     else if (name == "neon") chosen = neon_attention();
     return chosen != nullptr ? chosen : scalar_attention();
 }

@@ -22,6 +22,7 @@ std::vector<const Kernels*> usable_tables() {
         {scalar_kernels(), {}},
         {neon_kernels(), {"neon", "dotprod"}},
         {avx2_kernels(), {"avx2", "fma", "f16c"}},
+        {avx_vnni_kernels(), {"avx2", "fma", "f16c", "avx_vnni"}},
         {avx512_kernels(), {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"}},
         {avx512_vnni_kernels(),
          {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16",

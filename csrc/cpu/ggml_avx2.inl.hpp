@@ -1,6 +1,7 @@
-// Products of ggml blocks with AVX2, and AVX-512 VNNI where the including file is compiled for it.
+// Products of ggml blocks with AVX2, and VNNI where the including file is compiled for it.
 #pragma once
 
+#include "dot_avx.hpp"
 #include "ggml_words.inl.hpp"
 
 namespace gangline {
@@ -8,8 +9,8 @@ namespace {
 
 // The eight partial sums of 32 products, added to `start`: unsigned bytes times signed ones.
 inline __m256i dot_unsigned(__m256i start, __m256i w, __m256i q) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpbusd_epi32(start, w, q);
+#if defined(GANGLINE_DOT_AVX)
+    return dot_four(start, w, q);
 #else
     // Two products of at most 15 * 127 fit 16 bits.
     const __m256i pairs = _mm256_maddubs_epi16(w, q);
@@ -28,8 +29,8 @@ inline __m256i two_halves(const void* first, const void* second) {
 
 // Eight partial sums of 64 products with nibbles.
 inline __m256i dot_nibbles(__m256i w0, __m256i q0, __m256i w1, __m256i q1) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(_mm256_setzero_si256(), w0, q0), w1, q1);
+#if defined(GANGLINE_DOT_AVX)
+    return dot_four(dot_four(_mm256_setzero_si256(), w0, q0), w1, q1);
 #else
     // Four products of at most 15 * 127 fit 16 bits.
     const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w0, q0), _mm256_maddubs_epi16(w1, q1));
@@ -85,7 +86,7 @@ struct Q4_0 {
 
 struct Q8_0 {
     static constexpr int bytes = q8_0_bytes;
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#if defined(GANGLINE_DOT_AVX)
     static __m256i weights(const std::uint8_t* block) {
         return _mm256_xor_si256(load_bytes(block + 2), _mm256_set1_epi8(-128));
     }

@@ -25,12 +25,13 @@ struct Kernels {
 // The tables that were compiled in; a null pointer where this architecture has no such instruction set.
 const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();        // AVX2, FMA, F16C
-const Kernels* avx512_kernels();      // AVX-512 F, BW, DQ, VL
+const Kernels* avx_vnni_kernels();    // and AVX-VNNI
+const Kernels* avx512_kernels();      // AVX2's and AVX-512 F, BW, DQ, VL
 const Kernels* avx512_vnni_kernels(); // and VNNI, BF16, VBMI
 const Kernels* neon_kernels();        // Advanced SIMD with dot products
 
 // The table in use: the widest that runs here, or the one that the environment variable GANGLINE_CPU names (scalar, avx2,
-// avx512, avx512_vnni, neon). Throws std::runtime_error when that one cannot run here.
+// avx_vnni, avx512, avx512_vnni, neon). Throws std::runtime_error when that one cannot run here.
 const Kernels& kernels();
 // For tests: use another table from now on. Throws std::runtime_error when it cannot run here.
 void use_kernels(const std::string& name);

@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#include "dot_avx.hpp"
 #include "sparse_layout.hpp"
 
 namespace gangline {
@@ -91,6 +92,17 @@ struct SparseAvx2 {
     static __m256 fused(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
     static void store(float* y, __m256 a) { _mm256_storeu_ps(y, a); }
 };
+
+#if defined(__AVXVNNI__)
+struct SparseAvxVnni : SparseAvx2 {
+    template <Format F>
+    static void add_products(Dot& dot, __m256i codes, __m256i x) {
+        const __m256i value =
+            _mm256_sub_epi8(codes, _mm256_set1_epi8(static_cast<char>(F == Format::sparse_int8 ? 128 : 8)));
+        dot = dot_four(dot, _mm256_abs_epi8(value), _mm256_sign_epi8(x, value));
+    }
+};
+#endif
 
 }  // namespace
 }  // namespace gangline

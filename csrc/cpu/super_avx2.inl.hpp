@@ -94,8 +94,8 @@ struct SuperHead {
 };
 
 inline __m256i add_scaled(__m256i total, __m256i products, __m256i scales) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpwssd_epi32(total, products, scales);
+#if defined(GANGLINE_DOT_AVX)
+    return dot_two(total, products, scales);
 #else
     return _mm256_add_epi32(total, _mm256_madd_epi16(products, scales));
 #endif

@@ -29,7 +29,7 @@ inline __m512i add_pairs(__m512i sum, __m512i a, __m512i b) {
 inline __m256i add_ints(__m256i a, __m256i b) { return _mm256_add_epi32(a, b); }
 inline void load_ints(const std::int32_t* p, __m256i& v) { v = bytes_at(p); }
 inline void load_floats(const float* p, __m256& v) { v = _mm256_loadu_ps(p); }
-inline __m256i add_pairs(__m256i sum, __m256i a, __m256i b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+inline __m256i add_pairs(__m256i sum, __m256i a, __m256i b) { return add_scaled(sum, a, b); }
 #elif defined(__ARM_NEON)
 inline int32x4_t add_ints(int32x4_t a, int32x4_t b) { return vaddq_s32(a, b); }
 inline void load_ints(const std::int32_t* p, int32x4_t& v) { v = vld1q_s32(p); }

@@ -1,4 +1,4 @@
-// AVX2: two vectors for the 16 rows. vpmaddubsw multiplies unsigned by signed bytes into 16-bit pairs, which would overflow
+// AVX2: two vectors for the 16 rows. With AVX-VNNI as in tile_avx512.hpp; without it vpmaddubsw multiplies unsigned by signed bytes into 16-bit pairs, which would overflow
 // with 8-bit codes: those are taken as signed numbers w, and |w| is multiplied by x with the sign of w.
 #pragma once
 
@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "dot_avx.hpp"
 #include "tile_layout.hpp"
 
 namespace gangline {
@@ -143,6 +144,26 @@ struct Avx2 {
         return _mm_cvtsi128_si32(four);
     }
 };
+
+#if defined(__AVXVNNI__)
+struct AvxVnni : Avx2 {
+    static constexpr int tokens = 6;
+    static constexpr bool signed_bytes = false;
+    static constexpr bool gathers = false;
+    struct Partial {};
+
+    template <Format>
+    using Weights = __m256i;
+    template <Format>
+    static __m256i prepare(Bytes codes) {
+        return codes;
+    }
+    template <bool, bool>
+    static void add_products(Ints& dot, Partial&, Bytes w, Bytes x) {
+        dot = dot_four(dot, w, x);
+    }
+};
+#endif
 
 }  // namespace
 }  // namespace gangline

@@ -22,7 +22,7 @@ def native() -> ModuleType | None:
     """Return the native extension, or None where it was not built or cannot be loaded (logged once).
 
     None as well if the environment variable ``GANGLINE_CPU`` says ``torch``; its other values (``scalar``,
-    ``avx2``, ``avx512``, ``avx512_vnni``, ``neon``) choose the native core's instruction set.
+    ``avx2``, ``avx_vnni``, ``avx512``, ``avx512_vnni``, ``neon``) choose the native core's instruction set.
     """
     if os.environ.get("GANGLINE_CPU") == "torch" or find_spec(_EXTENSION) is None:
         return None
