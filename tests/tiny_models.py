@@ -374,8 +374,10 @@ def _randomise(model: nn.Module, generator: torch.Generator) -> None:
                 for _ in range(tensor.shape[0])
             ]
             tensor.data.copy_(torch.stack(rows))
-        elif leaf in ("e_score_correction_bias", "expert_bias", "balancing_biases"):
+        elif leaf in ("e_score_correction_bias", "expert_bias"):
             tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * 0.2)
+        elif leaf == "balancing_biases":  # larger ones send every token of a layer past its experts
+            tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * 0.05)
         elif tensor.dim() > 1 and tensor.is_floating_point() and not bool(tensor.any()):
             tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
         elif leaf in ("per_expert_scale", "global_scale"):
