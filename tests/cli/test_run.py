@@ -7,6 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from evaluation.tiny_text import saved_model, tiny_tokenizer
+from gangline.evaluation import plain as plain_models
+from gangline.runtime import load
 from gangline.runtime.head_start import HeadStart
 
 FAMILY = "olmoe"
@@ -101,6 +103,24 @@ def test_prompt_longer_than_the_context(gangline, only_error, folder):
 def test_answer_is_cut_at_the_context(gangline, folder):
     result = gangline("run", folder, "hello", "--raw", "-c", "9", "-n", "50", "--json")
     assert json.loads(result.stdout)["new_tokens"] <= 4
+
+
+@pytest.mark.parametrize("memory", [("--memory", "4GiB"), ()])
+def test_a_budget_counts_the_tokenizer(gangline, folder, monkeypatch, memory):
+    """It is in memory when the plan is made; without a budget it is read later, beside the experts."""
+    order = []
+
+    def noting(what, function):
+        def noted(*arguments, **more):
+            order.append(what)
+            return function(*arguments, **more)
+
+        return noted
+
+    monkeypatch.setattr(plain_models, "load_tokenizer", noting("tokenizer", plain_models.load_tokenizer))
+    monkeypatch.setattr(load, "plan_request", noting("plan", load.plan_request))
+    assert gangline("run", folder, "the cat", "-n", "2", *memory).exit_code == 0
+    assert order == (["tokenizer", "plan"] if memory else ["plan", "tokenizer"])
 
 
 def test_budget_too_small_names_the_smallest(gangline, only_error, folder):

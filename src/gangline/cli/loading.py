@@ -79,7 +79,8 @@ def _load(
         if not found:
             found.append(load_tokenizer(checkpoint))
 
-    if not has_tokenizer_files(checkpoint):
+    # A budget counts it: a large vocabulary takes a hundred MiB. Without one it is read while experts are.
+    if budget.memory is not None or not has_tokenizer_files(checkpoint):
         read_tokenizer()
         if found == [None]:
             raise CheckpointError(
