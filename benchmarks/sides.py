@@ -99,6 +99,7 @@ def open_engine(job: dict[str, Any]) -> Engine:
             precision=job.get("precision", "stored"),
             policy=job.get("policy"),
             mode=job.get("mode", "hint"),
+            native_only=True,
         )
         return TransformersEngine(model)
     from transformers import AutoModelForCausalLM

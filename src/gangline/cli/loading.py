@@ -30,9 +30,18 @@ class Loaded:
 
 @contextmanager
 def loaded(
-    model: str, budget: BudgetOptions, compute: ComputeOptions, mode: PredictionMode = "hint"
+    model: str,
+    budget: BudgetOptions,
+    compute: ComputeOptions,
+    mode: PredictionMode = "hint",
+    *,
+    native_only: bool = False,
 ) -> Iterator[Loaded]:
     """Load a model with its tokenizer, and free it afterwards.
+
+    Args:
+        model, budget, compute, mode: what the user said.
+        native_only: nothing but answers is asked of it; see :class:`~gangline.runtime.options.LoadOptions`.
 
     Raises:
         CheckpointError: the model has no tokenizer, or cannot be read.
@@ -41,7 +50,8 @@ def loaded(
 
     with _head_start(model, budget, compute) as head_start:
         import_libraries(head_start.begin if head_start is not None else lambda: None)
-        loaded_model, tokenizer = _load(model, budget, load_arguments(budget, compute, mode), head_start)
+        arguments = load_arguments(budget, compute, mode) | {"native_only": native_only}
+        loaded_model, tokenizer = _load(model, budget, arguments, head_start)
     try:
         yield Loaded(loaded_model, tokenizer)
     finally:

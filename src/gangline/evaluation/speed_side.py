@@ -55,7 +55,7 @@ class OurSide:
     def __init__(self, model: str | Path, *, batch: int = 1, **loading: Any) -> None:
         from gangline.runtime.load import load_model
 
-        self.model: Any = load_model(model, **loading)
+        self.model: Any = load_model(model, **{"native_only": True, **loading})
         if batch > 1 and getattr(self.model.generation_config, "prefill_chunk_size", None):
             # Planned for so many rows in all, and transformers cuts each sequence of the batch.
             settings = self.model.generation_config

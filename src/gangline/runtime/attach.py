@@ -35,7 +35,7 @@ from gangline.runtime.footprint import Copies, Footprint, measure_footprint
 from gangline.runtime.load import run_from_store
 from gangline.runtime.opened import codec_of, largest_reads
 from gangline.runtime.options import LoadOptions, plan_request
-from gangline.runtime.planner import DEFAULT_CONTEXT, make_plan, plan_loaded
+from gangline.runtime.planner import DEFAULT_CONTEXT, MemoryPlan, make_plan, plan_loaded
 from gangline.runtime.policy_choice import DEFAULT, PolicyChoice, asked_policy
 from gangline.runtime.runtime import Runtime, resident
 from gangline.runtime.scratch import native_scratch
@@ -116,6 +116,10 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
             held=footprint.dense,
         )
         plan = make_plan(request, footprint)
+
+        def again() -> MemoryPlan:
+            return plan_loaded(plan, request, footprint, resident())
+
         run_from_store(
             model,
             view,
@@ -126,7 +130,7 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
             progress=asked.progress,
             policy=policy,
             low=copies if plan.low_slots else None,
-            again=lambda: plan_loaded(plan, request, footprint, resident()),
+            again=again if asked.native_only and asked.mode != "execute" else None,
         )
     except BaseException:
         _restore(dropped, folder, dtype)

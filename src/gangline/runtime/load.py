@@ -74,8 +74,6 @@ def _load(model: str | Path, asked: LoadOptions) -> PreTrainedModel:
     opened, asked, gpu = place_experts(_open(model, asked, need_weights=True), asked)
     plan, _, again = _plan(opened, asked)
     low = low_codec(opened, asked) if plan.low_slots else None
-    for note in plan.notes:
-        logger.warning("%s: %s", opened.name, note)
     codec = codec_of(asked.precision)
     catalog = _catalog(opened, codec, asked.progress)
     policy = policy or _tuned(opened, asked, plan) or DEFAULT
@@ -105,12 +103,14 @@ def _load(model: str | Path, asked: LoadOptions) -> PreTrainedModel:
             store=store,
             proofs=proofs,
             low=None if low is None else _catalog(opened, low[0], asked.progress),
-            again=again,
+            again=again if asked.native_only and asked.mode != "execute" else None,
         )
     except BaseException:
         if store is not None:
             store.close()
         raise
+    for note in model_run.gangline.plan.notes:  # type: ignore[union-attr]
+        logger.warning("%s: %s", opened.name, note)
     model_run.gangline.identity = opened.identity  # type: ignore[union-attr]
     if asked.mode == "execute":
         from gangline.runtime.hash_execution import execute_predictions
@@ -164,8 +164,9 @@ def _plan(
     if low is not None:
         footprint = replace(footprint, copies=low[1])
     request = plan_request(options, opened.config, model=opened.name)
-    plan = make_plan(request, footprint, opened.source.notes)
-    return plan, footprint, lambda: plan_loaded(plan, request, footprint, resident())
+    notes = opened.source.notes
+    plan = make_plan(request, footprint, notes)
+    return plan, footprint, lambda: plan_loaded(plan, request, footprint, resident(), notes)
 
 
 def low_codec(opened: OpenedModel, options: LoadOptions) -> tuple[str, Copies] | None:
@@ -243,6 +244,7 @@ def run_from_store(
         _use_natively(runtime, decode, kernels)
         enable_native_generate(model, decode, runtime.before_step)
         if again is not None and decode.serves_prompts and gpu is None and not plan.everything_resident:
+            decode.alone = True
             plan = runtime.plan = again()
             parts = live_parts(policy, view, plan, cache_seed)
             store.resize([count for _, count, _ in plan.pools], parts.caches)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
+from gangline.core.errors import UsageError
 from gangline.kernels.cpu.decoder import NativeDecoder, NotNativeError, Routing
 from gangline.models import MoEView
 from gangline.runtime.native_cache import GrowingLayer, adopt_cache, growing_layers, unused_layers
@@ -102,6 +103,7 @@ class NativeDecode:
     Attributes:
         decoder: the native step.
         enabled: False sends everything through the modules.
+        alone: refuse what the modules would have to serve: no memory is kept for that.
         serves_prompts: whether it serves first tokens, and several tokens a sequence.
         steps: passes over one further token a sequence served since the model was loaded.
         prompts: other passes served.
@@ -113,7 +115,7 @@ class NativeDecode:
         self.decoder = decoder
         self.model = model
         self.enabled = True
-        self.serves_prompts = False
+        self.alone = self.serves_prompts = False
         self.steps = self.prompts = 0
         self.lock = threading.Lock()
         self._moe = moe
@@ -174,6 +176,7 @@ class NativeDecode:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not self.enabled or torch.is_grad_enabled() or len(args) > 1:
+                self._refuse_if_alone()
                 return original(*args, **kwargs)
             if args:
                 kwargs["input_ids"] = args[0]
@@ -182,10 +185,18 @@ class NativeDecode:
                 step = self._step_of(kwargs)
             if step is not None:
                 return self._run(step)
+            self._refuse_if_alone()
             self._torch_threads.many()
             return original(**kwargs)
 
         return forward
+
+    def _refuse_if_alone(self) -> None:
+        if self.alone:
+            raise UsageError(
+                "this call needs more than the next token's logits without gradients, for which a model "
+                "loaded with native_only has no memory; load it without native_only"
+            )
 
     def _adopt(self, kwargs: dict[str, Any]) -> bool:
         """Give a prompt a cache with room to grow, if the native step may go on from it."""

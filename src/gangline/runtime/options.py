@@ -39,6 +39,9 @@ class LoadOptions:
             SiDA's own mode, its predictor decides and routers are skipped (approximate; policy ``sida``).
             ``mixed``: HOBBIT's, experts that are not in memory may be computed in a second, lower precision
             or left out (approximate; policy ``hobbit``, or a file with a precision).
+        native_only: only the next token's logits will be asked of the model, and whatever else is to be in
+            this process (a tokenizer) is there: where the native core computes that, what the planner has
+            reserved for torch becomes slots, and a call that torch must compute is refused.
         progress: show bars; None shows them on a terminal.
         device: where experts are computed: ``cpu``, or ``cuda`` (``cuda:1``) for sparse experts that all fit
             there; None takes a GPU only where its times were measured.
@@ -60,6 +63,7 @@ class LoadOptions:
     policy: str | None = None
     predictor: str | None = None
     mode: PredictionMode = "hint"
+    native_only: bool = False
     progress: bool | None = None
     device: str | None = None
     name: str | None = None

@@ -165,14 +165,21 @@ class PlanRequest:
     reserve: int = RUNTIME_RESERVE
 
 
-def plan_loaded(plan: MemoryPlan, request: PlanRequest, footprint: Footprint, resident: int) -> MemoryPlan:
-    """Plan again once a model is loaded that the native core computes: what is not needed becomes slots.
+def plan_loaded(
+    plan: MemoryPlan,
+    request: PlanRequest,
+    footprint: Footprint,
+    resident: int,
+    notes: tuple[str, ...] = (),
+) -> MemoryPlan:
+    """Plan again once a model is loaded that the native core alone computes: what is left becomes slots.
 
     Args:
         plan: that the model was loaded under.
         request: that it answers.
         footprint: of the model.
         resident: memory of this process now, no slot filled.
+        notes: for the new plan, as for the first.
     """
     if plan.everything_resident or request.expert_slots is not None:
         return plan
@@ -182,7 +189,8 @@ def plan_loaded(plan: MemoryPlan, request: PlanRequest, footprint: Footprint, re
     if taken + NATIVE_RESERVE >= request.reserve:
         return plan
     left = None if request.available is None else request.available - taken
-    again = make_plan(replace(request, process=process, reserve=NATIVE_RESERVE, available=left), footprint)
+    loaded = replace(request, process=process, reserve=NATIVE_RESERVE, available=left)
+    again = make_plan(loaded, footprint, notes)
     # With room for every expert there are no copies in low precision, for which the model was loaded.
     return again if len(again.pools) == len(plan.pools) else plan
 
