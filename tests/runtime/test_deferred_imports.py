@@ -4,6 +4,7 @@ import builtins
 import importlib
 import inspect
 import json
+import pickle
 import subprocess
 import sys
 import threading
@@ -95,6 +96,7 @@ USES = {
     "alias": lambda a: a.add(1) == 3,
     "context": lambda a: a.with_context() is None and sys.modules["heavy.sub"].Context.entered == 1,
     "base": lambda a: a.derive().size == 7 and a.derive().__class__.__mro__[1] is a.Thing,
+    "pickle": lambda a: pickle.loads(pickle.dumps(a.Thing)) is sys.modules["heavy.sub"].Thing,
     "signature": lambda a: list(inspect.signature(a.add).parameters) == ["a", "b"],
     "import": lambda a: importlib.import_module("heavy.sub").Thing is a.Thing,
 }

@@ -33,5 +33,9 @@ def write_record(file: Path, record: Mapping[str, Any]) -> None:
     with tempfile.NamedTemporaryFile(
         "w", dir=file.parent, prefix=".", suffix=".tmp", delete=False, encoding="utf-8"
     ) as part:
-        json.dump(record, part, indent=1)
+        try:
+            json.dump(record, part, indent=1)
+        except BaseException:
+            Path(part.name).unlink()
+            raise
     Path(part.name).replace(file)

@@ -11,6 +11,7 @@ Whatever is not as expected (another name, a module that is elsewhere or not the
 """
 
 import builtins
+import copyreg
 import functools
 import importlib
 import inspect
@@ -206,7 +207,19 @@ class _StandIn(type):
 
 
 def _real(stand_in: Any) -> Any:
-    return getattr(importlib.import_module(stand_in.__module__), stand_in.__name__)
+    return _thing(stand_in.__module__, stand_in.__name__)
+
+
+def _thing(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
+
+
+def _pickled(stand_in: Any) -> tuple[Callable[[str, str], Any], tuple[str, str]]:
+    """Who reads the bytes gets the thing itself."""
+    return _thing, (stand_in.__module__, stand_in.__name__)
+
+
+copyreg.pickle(_StandIn, _pickled)
 
 
 @contextmanager
