@@ -156,9 +156,12 @@ def test_without_a_gpu_nothing_changes(tmp_path: Path, seed: int) -> None:
     assert (found[0].slots, found[0].codecs) == (found[1].slots, found[1].codecs)
 
 
-def test_a_built_model_stays_on_the_processor(seed: int) -> None:
-    with pytest.raises(UsageError, match=r"only gangline.load takes a device"):
-        gangline.attach(tiny_model("mixtral", seed=seed), device="cuda")
+@pytest.mark.parametrize(
+    ("option", "says"), [({"device": "cuda"}, "takes a device"), ({"native_only": True}, "takes native_only")]
+)
+def test_what_only_a_loaded_model_can(seed: int, option: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=rf"only gangline.load {says}"):
+        gangline.attach(tiny_model("mixtral", seed=seed), **option)
 
 
 @pytest.mark.gpu

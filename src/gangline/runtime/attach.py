@@ -35,9 +35,9 @@ from gangline.runtime.footprint import Copies, Footprint, measure_footprint
 from gangline.runtime.load import run_from_store
 from gangline.runtime.opened import codec_of, largest_reads
 from gangline.runtime.options import LoadOptions, plan_request
-from gangline.runtime.planner import DEFAULT_CONTEXT, MemoryPlan, make_plan, plan_loaded
+from gangline.runtime.planner import DEFAULT_CONTEXT, make_plan
 from gangline.runtime.policy_choice import DEFAULT, PolicyChoice, asked_policy
-from gangline.runtime.runtime import Runtime, resident
+from gangline.runtime.runtime import Runtime
 from gangline.runtime.scratch import native_scratch
 
 
@@ -82,10 +82,7 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
         TypeError: there is no such option.
     """
     asked = LoadOptions(**{"progress": False, **options})
-    if asked.dtype is not None or asked.revision is not None:
-        raise UsageError("a built model has its dtype and revision; convert it before gangline.attach")
-    if asked.device not in (None, "cpu"):
-        raise UsageError("experts of a built model stay on the processor; only gangline.load takes a device")
+    _refuse_unfit(asked)
     policy = asked_policy(asked.policy, asked.predictor, asked.mode) or DEFAULT
     if getattr(model, "gangline", None) is not None:
         raise UsageError("this model is attached already; call gangline.detach(model) first")
@@ -116,10 +113,6 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
             held=footprint.dense,
         )
         plan = make_plan(request, footprint)
-
-        def again() -> MemoryPlan:
-            return plan_loaded(plan, request, footprint, resident())
-
         run_from_store(
             model,
             view,
@@ -130,7 +123,6 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
             progress=asked.progress,
             policy=policy,
             low=copies if plan.low_slots else None,
-            again=again if asked.native_only and asked.mode != "execute" else None,
         )
     except BaseException:
         _restore(dropped, folder, dtype)
@@ -144,6 +136,18 @@ def attach_model(model: PreTrainedModel, *, check: bool = True, **options: Any) 
 
         execute_predictions(model, policy)
     return runtime
+
+
+def _refuse_unfit(asked: LoadOptions) -> None:
+    """Refuse options that mean nothing for a model that has been built."""
+    if asked.dtype is not None or asked.revision is not None:
+        raise UsageError("a built model has its dtype and revision; convert it before gangline.attach")
+    if asked.device not in (None, "cpu"):
+        raise UsageError("experts of a built model stay on the processor; only gangline.load takes a device")
+    if asked.native_only:
+        raise UsageError(
+            "who has built a model may ask it for anything; only gangline.load takes native_only"
+        )
 
 
 def _copies(

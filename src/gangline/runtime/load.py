@@ -22,6 +22,7 @@ from gangline.kernels.choice import expert_kernel, set_native_threads
 from gangline.kernels.cpu.native_kernel import NativeKernel
 from gangline.kernels.reference import ReferenceKernel
 from gangline.models import MoEView, check_conformance, expert_math, install
+from gangline.policies.caches import CachePolicy
 from gangline.policies.compositions import make_precision
 from gangline.runtime.arrival import arrive, slot_layout
 from gangline.runtime.deferred_imports import deferred_imports
@@ -244,10 +245,9 @@ def run_from_store(
         _use_natively(runtime, decode, kernels)
         enable_native_generate(model, decode, runtime.before_step)
         if again is not None and decode.serves_prompts and gpu is None and not plan.everything_resident:
-            decode.alone = True
             plan = runtime.plan = again()
             parts = live_parts(policy, view, plan, cache_seed)
-            store.resize([count for _, count, _ in plan.pools], parts.caches)
+            _take_torchs_reserve(decode, store, plan, parts.caches)
     object.__setattr__(model, "gangline", runtime)
     if gpu is not None:
         runtime.gpu = gpu
@@ -293,6 +293,14 @@ def _forms(catalog: ExpertCatalog, kernels: Sequence[ExpertKernel]) -> list[Expe
         else None
         for layout, kernel in zip(catalog.layouts, kernels, strict=True)
     ]
+
+
+def _take_torchs_reserve(
+    decode: NativeDecode, store: ExpertStore, plan: MemoryPlan, caches: Sequence[CachePolicy]
+) -> None:
+    """Give the store the slots of a plan that keeps no memory for torch, which may compute nothing then."""
+    decode.alone = True
+    store.resize([count for _, count, _ in plan.pools], caches)
 
 
 def _resident_table(
