@@ -15,7 +15,7 @@ EncodeBlocks encode_blocks() {
 #if defined(__x86_64__) || defined(_M_X64)
     const std::string_view name = kernels().name;
     if (name.starts_with("avx512")) return encode_blocks_avx512;
-    if (name == "avx2" || name == "avx_vnni") return encode_blocks_avx2;
+    if (name.starts_with("avx")) return encode_blocks_avx2;
 #endif
     return encode_blocks_scalar;
 }

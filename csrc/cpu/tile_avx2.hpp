@@ -1,5 +1,6 @@
-// AVX2: two vectors for the 16 rows. With AVX-VNNI as in tile_avx512.hpp; without it vpmaddubsw multiplies unsigned by signed bytes into 16-bit pairs, which would overflow
-// with 8-bit codes: those are taken as signed numbers w, and |w| is multiplied by x with the sign of w.
+// AVX2: two vectors for the 16 rows. With AVX-VNNI as in tile_avx512.hpp; without it vpmaddubsw multiplies unsigned by signed
+// bytes into 16-bit pairs, which would overflow with 8-bit codes: those are taken as signed numbers w, and |w| is multiplied
+// by x with the sign of w.
 #pragma once
 
 #include <immintrin.h>

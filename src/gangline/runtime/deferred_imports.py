@@ -4,8 +4,8 @@ Much of the time that transformers takes to import goes into libraries that no m
 torch's compiler, sharded tensors with their symbolic algebra, accelerate. The modules that import these use
 them inside functions only. So while :func:`deferred_imports` lasts, such a module gets a stand-in for each of
 the names listed here, which imports the real thing when it is used, and as soon as anybody imports the real
-module, every stand-in for its names makes way for the real ones. Nobody else ever sees a stand-in:
-``sys.modules`` has none.
+module, every stand-in for its names makes way for the real ones. Who takes such a name from one of these
+modules keeps a stand-in that works as the thing does; ``sys.modules`` has none.
 
 Whatever is not as expected (another name, a module that is elsewhere or not there) is imported as it is.
 """
