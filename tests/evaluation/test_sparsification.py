@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import gangline
@@ -15,7 +17,12 @@ from gangline.checkpoint.safetensors_index import SafetensorsIndex
 from gangline.compress.sparsify import LayerWalk, SparsifySettings, distill, sparsify_layers
 from gangline.core.errors import CheckpointError, UnsupportedModelError, UsageError
 from gangline.evaluation.check import CheckSettings, check_model
-from gangline.evaluation.sparsification import SparsifyReport, SparsifyTexts, sparsify_checkpoint
+from gangline.evaluation.sparsification import (
+    SparsifyReport,
+    SparsifyTexts,
+    choose_pieces,
+    sparsify_checkpoint,
+)
 from gangline.formats import get_codec
 from gangline.runtime.opened import open_model
 from near_ties import agree_unless_tied, is_tied, share_off
@@ -149,9 +156,13 @@ def test_integer_values_on_top(values: str, tiny, tmp_path: Path) -> None:
     assert report.expert_bytes == catalog.nbytes
 
 
-def test_the_walk_is_the_model(tiny) -> None:
-    """Layer by layer, with the experts' own outputs played back, the hidden states are those of the model."""
-    folder = tiny("qwen2_moe", torch.float32)
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_the_walk_is_the_model(family: str, tiny) -> None:
+    """Layer by layer, with the experts' own outputs played back, the hidden states are those of the model.
+
+    Mixtral's layers do nothing but add them; Qwen2's put those of shared experts to them first.
+    """
+    folder = tiny(family, torch.float32)
     opened = open_model(LocalCheckpoint(str(folder), folder, None), torch.float32)
     ids_SC = torch.randint(3, 90, (6, 10))
     model, view = opened.load_dense(None)
@@ -406,3 +417,14 @@ def test_the_command(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert " -> " in shown.stdout
     assert "distilled on 64 tokens" in shown.stdout
     assert "kept energy" in shown.stdout
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 60))
+def test_learning_takes_first_what_pruning_has_not_seen(there: int, calibrating: int, learning: int) -> None:
+    seen, learned_from = choose_pieces(there, calibrating, learning)
+    assert len(seen) == min(there, calibrating)
+    assert len(learned_from) == min(there, learning)
+    assert len(set(learned_from)) == len(learned_from)
+    again = set(seen) & set(learned_from)
+    assert not again or len(learned_from) > there - len(seen)
+    assert set(seen) | set(learned_from) <= set(range(there))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gangline.checkpoint.locate import LocalCheckpoint
 from gangline.compress.dense_to_moe.writer import complete_folder
 from gangline.compress.sparsify import (
     DenseWriter,
@@ -35,6 +36,7 @@ from gangline.compress.sparsify import (
 from gangline.compress.sparsify.halfway import Halfway, key_of
 from gangline.compress.sparsify.writers import Origin
 from gangline.core.errors import UnsupportedModelError, UsageError
+from gangline.core.freed_memory import freed_memory_kept
 from gangline.core.keys import ExpertKey
 from gangline.evaluation.perplexity import perplexity
 from gangline.evaluation.plain import find_checkpoint, load_tokenizer, place
@@ -166,17 +168,14 @@ def sparsify_checkpoint(
     if resume is not None and not settings.distill_tokens:
         raise UsageError("only learning can be resumed: give distill_tokens too, or leave resume out")
     checkpoint = find_checkpoint(model, revision)
-    tokenizer = load_tokenizer(checkpoint)
-    if tokenizer is None:
-        raise UnsupportedModelError(f"{model}: it has no tokenizer; put a tokenizer.json beside the weights")
+    tokenizer = _tokenizer(checkpoint, model)
     opened = open_model(checkpoint, torch.float32)
     origin = _origin(opened)
     settings = _resolved(settings, opened)
     calibration, judged = texts.parts()
-    ids_SC = windows(tokenizer, calibration, texts.tokens, texts.window)
-    distill_SC = None
-    if settings.distill_tokens:
-        distill_SC = windows(tokenizer, calibration, settings.distill_tokens, texts.window)
+    pieces_SC = windows(tokenizer, calibration, texts.window)
+    wanted = [max(1, tokens // pieces_SC.shape[1]) for tokens in (texts.tokens, settings.distill_tokens)]
+    seen, learned_from = choose_pieces(len(pieces_SC), *wanted)
     held_out = _first_tokens(tokenizer, judged, texts.held_out_tokens) if measure else ""
     before = None
     if measure:
@@ -184,12 +183,15 @@ def sparsify_checkpoint(
         before = _perplexity(place(model), tokenizer, held_out, texts.window, revision)
     targets = {kind: path for kind, path in (("packed", packed), ("dense", dense)) if path is not None}
     with ExitStack() as stack:
+        stack.enter_context(freed_memory_kept())
         folders = {kind: stack.enter_context(complete_folder(path)) for kind, path in targets.items()}
-        layers, learned = _write(opened, origin, ids_SC, distill_SC, settings, folders, say, resume)
+        layers, learned = _write(
+            opened, origin, pieces_SC[seen], pieces_SC[learned_from], settings, folders, say, resume
+        )
         report = SparsifyReport(
             model=str(model),
             settings=settings,
-            calibration_tokens=ids_SC.numel(),
+            calibration_tokens=pieces_SC[seen].numel(),
             held_out_tokens=len(tokenizer(held_out, add_special_tokens=False)["input_ids"]) if measure else 0,
             **_sizes(opened, settings),
             perplexity_before=before,
@@ -208,14 +210,21 @@ def sparsify_checkpoint(
     return report
 
 
+def _tokenizer(checkpoint: LocalCheckpoint, model: str | Path) -> Any:
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer is None:
+        raise UnsupportedModelError(f"{model}: it has no tokenizer; put a tokenizer.json beside the weights")
+    return tokenizer
+
+
 def _store(report: SparsifyReport, folders: Iterable[Path]) -> None:
     text = json.dumps(report.to_dict(), indent=1) + "\n"
     for folder in folders:
         (folder / REPORT_FILE).write_text(text, "utf-8")
 
 
-def windows(tokenizer: Any, text: str, tokens: int, window: int) -> Tensor:
-    """Pieces ``[S, C]`` of a text, evenly spread over it, as many as ``tokens`` allow (one at least).
+def windows(tokenizer: Any, text: str, window: int) -> Tensor:
+    """The pieces ``[S, C]`` of a text, one after another; what is left at its end is in none.
 
     Raises:
         UsageError: the text has fewer than two tokens.
@@ -224,10 +233,27 @@ def windows(tokenizer: Any, text: str, tokens: int, window: int) -> Tensor:
     if len(ids_T) < 2:
         raise UsageError("the calibration text has fewer than two tokens; give more text")
     window = min(window, len(ids_T))
-    there = len(ids_T) // window
-    count = max(1, min(there, tokens // window))
-    starts = [number * there // count * window for number in range(count)]
-    return torch.stack([ids_T[start : start + window] for start in starts])
+    return ids_T[: len(ids_T) // window * window].view(-1, window)
+
+
+def choose_pieces(there: int, calibrating: int, learning: int) -> tuple[list[int], list[int]]:
+    """Numbers of the pieces that pruning looks at, and of those that are learned from, each evenly spread.
+
+    What pruning has looked at it fits far better than any other text, so that little is to be learned from
+    it: other pieces come first.
+
+    Args:
+        there: how many pieces there are.
+        calibrating, learning: how many are wanted.
+    """
+    seen = _spread(range(there), calibrating)
+    fresh = _spread(sorted(set(range(there)).difference(seen)), learning)
+    return seen, fresh + _spread(seen, learning - len(fresh))
+
+
+def _spread(numbers: Sequence[int], count: int) -> list[int]:
+    count = min(count, len(numbers))
+    return [numbers[number * len(numbers) // count] for number in range(count)]
 
 
 def _resolved(settings: SparsifySettings, opened: OpenedModel) -> SparsifySettings:
@@ -251,13 +277,13 @@ def _write(
     opened: OpenedModel,
     origin: Origin,
     ids_SC: Tensor,
-    distill_SC: Tensor | None,
+    distill_SC: Tensor,
     settings: SparsifySettings,
     folders: dict[str, Path],
     say: Progress,
     resume: Path | None,
 ) -> tuple[tuple[LayerReport, ...], DistillReport | None]:
-    if distill_SC is None:
+    if not settings.distill_tokens:
         writers = _writers(origin, settings, folders, {}, say)
 
         def write(key: ExpertKey, matrices: Sequence[PrunedMatrix]) -> None:

@@ -85,15 +85,33 @@ class LayerWalk:
             silent = self._run(number, layer)
             step = Step(tap.heard(), silent, partial(self._adds, number, layer, tap, silent[-1]))
             yield block, step
-            tap.play(step.outputs())
-            self.hidden = self._run(number, layer)
+            self.hidden = self._after(number, layer, tap, silent, step.outputs())
+
+    def _after(
+        self, number: int, layer: nn.Module, tap: "_Tap", silent: list[Tensor], out_TD: Tensor
+    ) -> list[Tensor]:
+        """The hidden states behind a layer whose experts put out ``out_TD``.
+
+        A layer that turns out, on the last text, to add them to what it says without them, to the last bit,
+        need not run again.
+        """
+        last_1CD, added_1CD = self._last(number, layer, tap, out_TD), _added(silent[-1], out_TD)
+        if not torch.equal(last_1CD, added_1CD):
+            tap.play(out_TD)
+            return self._run(number, layer)
+        parts = out_TD.split([hidden.shape[-2] for hidden in silent])
+        return [_added(hidden, out_CD) for hidden, out_CD in zip(silent, parts, strict=True)]
+
+    def _last(self, number: int, layer: nn.Module, tap: "_Tap", out_TD: Tensor) -> Tensor:
+        """The hidden states of the last text behind a layer whose experts put out ``out_TD``."""
+        tap.play(out_TD[-self.hidden[-1].shape[-2] :])
+        call = self._calls[-1][number]
+        with torch.inference_mode():
+            return _first(layer(self.hidden[-1], *call.args, **call.kwargs))
 
     def _adds(self, number: int, layer: nn.Module, tap: "_Tap", silent_1CD: Tensor, out_TD: Tensor) -> bool:
         out_CD = out_TD[-silent_1CD.shape[-2] :]
-        tap.play(out_CD)
-        call = self._calls[-1][number]
-        with torch.inference_mode():
-            after_1CD = _first(layer(self.hidden[-1], *call.args, **call.kwargs))
+        after_1CD = self._last(number, layer, tap, out_TD)
         difference_CD = (after_1CD - silent_1CD).view(out_CD.shape) - out_CD
         return float(difference_CD.norm()) <= 0.01 * float(out_CD.norm())
 
@@ -209,6 +227,12 @@ def _record(model: Any, layers: nn.ModuleList, ids_1C: Tensor) -> tuple[Tensor, 
         for layer in layers:
             del layer.__dict__["forward"]
     return first[0], calls
+
+
+def _added(hidden_1CD: Tensor, out_TD: Tensor) -> Tensor:
+    """Hidden states of a text with the last of the outputs added."""
+    out_CD = out_TD[-hidden_1CD.shape[-2] :]
+    return hidden_1CD + out_CD.to(hidden_1CD.dtype).view(hidden_1CD.shape)
 
 
 def _first(out: Any) -> Tensor:
