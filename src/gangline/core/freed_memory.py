@@ -11,20 +11,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Of malloc.h: how much may lie free at the heap's end (-1: any), by how much the heap grows, from which size
-# blocks are mapped by themselves, and how many may be.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
-_KEEP = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 64 << 20}
+# Of malloc.h: how much may lie free at the heap's end, by how much the heap grows, and from which size blocks
+# are mapped by themselves. That has an upper limit of 32 MiB; and without one the heap would grow at every
+# large block that fits into none of its holes.
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
+_KEEP = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 1 << 30, _TOP_PAD: 64 << 20}
 # Where glibc's own adaptation to large blocks ends: once anything is set it does not adapt any more.
-_AFTER = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20, _TOP_PAD: 0}
+_AFTER = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20, _TOP_PAD: 0}
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[bool]:
-    """Let freed memory stay with the process until the end of the block, where the C library can do that.
+    """Let freed blocks of up to 32 MiB stay with the process until the end of the context.
 
-    Memory then grows to the largest sum of what is there at one time, and what lies between; not for work
-    within a budget. Yields whether the C library does.
+    At most 1 GiB at the heap's end, and the holes below; not for work within a budget, nor where what stays
+    is allocated between what goes. Yields whether the C library does it.
     """
     library: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(library, "malloc_trim"):  # not glibc

@@ -183,7 +183,6 @@ def sparsify_checkpoint(
         before = _perplexity(place(model), tokenizer, held_out, texts.window, revision)
     targets = {kind: path for kind, path in (("packed", packed), ("dense", dense)) if path is not None}
     with ExitStack() as stack:
-        stack.enter_context(freed_memory_kept())
         folders = {kind: stack.enter_context(complete_folder(path)) for kind, path in targets.items()}
         layers, learned = _write(
             opened, origin, pieces_SC[seen], pieces_SC[learned_from], settings, folders, say, resume
@@ -384,17 +383,18 @@ def _distil(
         dtype,
         origin.takes,
     )
-    report = distill_student(
-        teacher,
-        student,
-        ids_SC,
-        settings.distill_tokens,
-        text=settings.distill_text,
-        dtype=dtype,
-        on_step=lambda step, steps, loss: say(f"distilling, {loss:.3f} nats", step, steps),
-        halfway=halfway,
-        key=key,
-    )
+    with freed_memory_kept():
+        report = distill_student(
+            teacher,
+            student,
+            ids_SC,
+            settings.distill_tokens,
+            text=settings.distill_text,
+            dtype=dtype,
+            on_step=lambda step, steps, loss: say(f"distilling, {loss:.3f} nats", step, steps),
+            halfway=halfway,
+            key=key,
+        )
     for layer, bank in enumerate(student.banks):
         for expert, weights in enumerate(bank.learned()):
             for number, weight_OI in enumerate(weights):
