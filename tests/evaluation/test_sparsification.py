@@ -1,6 +1,8 @@
 """From a checkpoint to sparse ones: both kinds load and say the same; an interrupted run leaves nothing."""
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -191,6 +193,24 @@ def test_the_walk_is_the_model(family: str, tiny) -> None:
     # One sequence may hold a near-tie of a router, which sums in another order tip.
     off = [share_off(one, other) for one, other in zip(last, hidden[-1], strict=True)]
     assert sorted(off)[-2] < 5e-5
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_the_walk_lets_go_of_outputs(family: str, tiny) -> None:
+    """They are as large as the hidden states of all texts, and there are as many as layers."""
+    folder = tiny(family, torch.float32)
+    model, view = open_model(LocalCheckpoint(str(folder), folder, None), torch.float32).load_dense(None)
+    given, still_there = [], []
+    for _, step in LayerWalk(model.eval(), view, torch.randint(3, 90, (3, 10))):
+        out_TD = torch.rand_like(step.routing.x_TD)
+        given.append(weakref.ref(out_TD))
+        step.give(out_TD)
+        del out_TD, step
+        still_there.append(sum(ref() is not None for ref in given))
+    gc.collect()
+    assert len(given) > 1
+    assert max(still_there) == 1  # the one just given
+    assert all(ref() is None for ref in given)
 
 
 def test_experts_with_few_tokens_are_named(tiny, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from gangline.models import MoEBlock, MoEView, expert_math, install
 RATE = 0.0006
 CLIP = 1.0  # the norm of all gradients of the demo model is 0.6 to 2
 HIDDEN = 1.0
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 MIN_STEPS = 32  # little text is learned from in smaller batches
 KEEP_SECONDS = 600
 

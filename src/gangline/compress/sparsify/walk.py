@@ -96,11 +96,14 @@ class LayerWalk:
         need not run again.
         """
         last_1CD, added_1CD = self._last(number, layer, tap, out_TD), _added(silent[-1], out_TD)
-        if not torch.equal(last_1CD, added_1CD):
+        if torch.equal(last_1CD, added_1CD):
+            parts = out_TD.split([hidden.shape[-2] for hidden in silent])
+            after = [_added(hidden, out_CD) for hidden, out_CD in zip(silent, parts, strict=True)]
+        else:
             tap.play(out_TD)
-            return self._run(number, layer)
-        parts = out_TD.split([hidden.shape[-2] for hidden in silent])
-        return [_added(hidden, out_CD) for hidden, out_CD in zip(silent, parts, strict=True)]
+            after = self._run(number, layer)
+        tap.listen()  # outputs are as large as the hidden states of all texts: let go of them
+        return after
 
     def _last(self, number: int, layer: nn.Module, tap: "_Tap", out_TD: Tensor) -> Tensor:
         """The hidden states of the last text behind a layer whose experts put out ``out_TD``."""
