@@ -98,10 +98,13 @@ def rows_of(report: SparsifyReport, recipe: str) -> list[Row]:
     ]
 
 
-def stored_rows() -> list[Row]:
-    """The rows of the stored result; none if there is no such file."""
+def stored() -> tuple[list[Row], list[str]]:
+    """The rows of the stored result and the commands that measured them; none if there is no such file."""
     path = Path("benchmarks/results") / f"{NAME}.json"
-    return [Row(**row) for row in read_result(path)["rows"]] if path.is_file() else []
+    if not path.is_file():
+        return [], []
+    result = read_result(path)
+    return [Row(**row) for row in result["rows"]], result["command"].split("; ")
 
 
 def store(kept: list[Row], rows: list[Row], command: str) -> None:
@@ -137,7 +140,8 @@ def main() -> None:
     judged = mixed_text(list(demo_text.HELD_OUT_PACKAGES), args.held_out_tokens, args.work)
     texts = SparsifyTexts(calibration, judged, args.tokens, args.held_out_tokens)
     rows: list[Row] = []
-    kept = stored_rows() if args.add else []
+    kept, earlier = stored() if args.add else ([], [])
+    commands = "; ".join([*earlier, running_command({"--work": "demo-text"})])
     for pattern in args.patterns:
         for recipe in args.recipes:
             for values in args.values:
@@ -155,7 +159,7 @@ def main() -> None:
                 rows += rows_of(report, recipe)
                 print(json.dumps([asdict(row) for row in rows[-3:]], indent=1), flush=True)
                 if args.json:
-                    store(kept, rows, running_command({"--work": "demo-text"}))
+                    store(kept, rows, commands)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,17 @@ from gangline.core.freed_memory import freed_memory_kept
 SIZE = 256 << 20
 
 
-def taken():
-    blocks = [torch.ones(SIZE // 16, dtype=torch.uint8) for _ in range(16)]
-    del blocks
+def resident():
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * 4096
 
 
-before = taken()
+before = resident()
 with freed_memory_kept() as done:
-    kept = taken() - before
-after = taken() - before
+    blocks = [torch.ones(SIZE // 16, dtype=torch.uint8) for _ in range(16)]
+    del blocks
+    kept = resident() - before
+after = resident() - before
 print(int(done), int(kept > SIZE // 2), int(after > SIZE // 4))
 """
 
