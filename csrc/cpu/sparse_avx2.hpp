@@ -1,5 +1,7 @@
-// AVX2: two vectors for the 16 lanes of a sparse tile. Codes are multiplied as magnitudes times activations with the sign of
-// the codes, which no pair overflows 16 bits with.
+// AVX2: two vectors for the 16 lanes of a sparse tile. An instruction multiplies unsigned by signed bytes and adds pairs in 16
+// bits, which must not overflow. int8: magnitudes of the codes times activations with the sign of the codes. int4: activations
+// larger by 128, hence unsigned, times the codes; 128 times the sum of the codes, which all tokens share, is taken away at the
+// end of a group of activations. Until then sums are right modulo 2^16, and no true one is larger than 16 * 8 * 127.
 #pragma once
 
 #include <immintrin.h>
@@ -12,10 +14,15 @@ namespace {
 
 struct SparseAvx2 {
     static constexpr int vectors = 2;
-    static constexpr int sparse_streams = 2;
+    static constexpr int sparse_streams = 1;
     static constexpr int sparse_tokens = 2;
+    static constexpr int prefetch_ahead = 8192;
+    template <Format F>
+    static constexpr int prefetch_level = sparse_value_bits(F) < 16 ? 3 : 2;
     using Floats = __m256;
+    using Bytes = __m256i;
     using Dot = __m256i;
+    using CodeSums = __m256i;
 
     static __m256i load(const std::uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
     template <int N>
@@ -45,34 +52,54 @@ struct SparseAvx2 {
     static __m256 pick(__m256 four, __m256i positions) { return _mm256_permutevar_ps(four, positions); }
 
     // Of each byte the two bits from N on, as a position among 16 bytes of which byte c of a word reads 4c to 4c + 3.
+    // Two bits of the next plane but one stay above them, where the shuffle does not look; these two planes share the "and".
     template <int N>
     static __m256i byte_places(__m256i words) {
-        return _mm256_or_si256(_mm256_and_si256(shift_words<N>(words), _mm256_set1_epi32(0x03030303)),
-                               _mm256_set1_epi32(0x0C080400));
+        const __m256i both = _mm256_and_si256(shift_words<N % 4>(words), _mm256_set1_epi32(0x33333333));
+        return _mm256_or_si256(shift_words<N / 4 * 4>(both), _mm256_set1_epi32(0x0C080400));
     }
+    template <Format F>
     static __m256i broadcast_bytes(const std::int8_t* q) {
-        return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
+        const __m256i sixteen = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
+        return F == Format::sparse_int4 ? _mm256_xor_si256(sixteen, _mm256_set1_epi8(-128)) : sixteen;
     }
     static __m256i pick_bytes(__m256i sixteen, __m256i places) { return _mm256_shuffle_epi8(sixteen, places); }
     template <Format F, int P>
     static __m256i codes(const std::uint8_t* values) {
         if constexpr (F == Format::sparse_int8) {
-            return load(values + P * 64);
+            return _mm256_xor_si256(load(values + P * 64), _mm256_set1_epi8(-128));
         } else {
             const __m256i pair = load(values + P / 2 * 64);
-            return _mm256_and_si256(P % 2 == 0 ? pair : _mm256_srli_epi16(pair, 4), _mm256_set1_epi8(15));
+            const __m256i code = _mm256_and_si256(P % 2 == 0 ? pair : _mm256_srli_epi16(pair, 4), _mm256_set1_epi8(15));
+            return _mm256_sub_epi8(code, _mm256_set1_epi8(8));
         }
     }
 
     static Dot no_products() { return _mm256_setzero_si256(); }
+    static CodeSums no_codes() { return _mm256_setzero_si256(); }
+    // At most 8 planes of a group of activations: bytes hold the sums.
+    template <Format F>
+    static void sum_codes(CodeSums& sums, __m256i codes) {
+        if constexpr (F == Format::sparse_int4) sums = _mm256_add_epi8(sums, codes);
+    }
     template <Format F>
     static void add_products(Dot& dot, __m256i codes, __m256i x) {
-        const __m256i value =
-            _mm256_sub_epi8(codes, _mm256_set1_epi8(static_cast<char>(F == Format::sparse_int8 ? 128 : 8)));
-        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(value), _mm256_sign_epi8(x, value));
-        dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        if constexpr (F == Format::sparse_int4) {
+            dot = _mm256_add_epi16(dot, _mm256_maddubs_epi16(x, codes));
+        } else {
+            const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
+            dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        }
     }
-    static __m256 to_floats(const Dot& dot) { return _mm256_cvtepi32_ps(dot); }
+    template <Format F>
+    static __m256 to_floats(const Dot& dot, const CodeSums& sums) {
+        if constexpr (F == Format::sparse_int4) {
+            const __m256i excess = _mm256_slli_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), sums), 7);
+            return _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_sub_epi16(dot, excess), _mm256_set1_epi16(1)));
+        } else {
+            return _mm256_cvtepi32_ps(dot);
+        }
+    }
 
     static __m256 load_halves(const std::uint8_t* p) {
         return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -97,9 +124,17 @@ struct SparseAvx2 {
 struct SparseAvxVnni : SparseAvx2 {
     template <Format F>
     static void add_products(Dot& dot, __m256i codes, __m256i x) {
-        const __m256i value =
-            _mm256_sub_epi8(codes, _mm256_set1_epi8(static_cast<char>(F == Format::sparse_int8 ? 128 : 8)));
-        dot = dot_four(dot, _mm256_abs_epi8(value), _mm256_sign_epi8(x, value));
+        if constexpr (F == Format::sparse_int4) dot = dot_four(dot, x, codes);
+        else dot = dot_four(dot, _mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
+    }
+    template <Format F>
+    static __m256 to_floats(const Dot& dot, const CodeSums& sums) {
+        if constexpr (F == Format::sparse_int4) {
+            const __m256i excess = _mm256_slli_epi32(dot_four(no_products(), _mm256_set1_epi8(1), sums), 7);
+            return _mm256_cvtepi32_ps(_mm256_sub_epi32(dot, excess));
+        } else {
+            return _mm256_cvtepi32_ps(dot);
+        }
     }
 };
 #endif

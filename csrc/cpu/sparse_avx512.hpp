@@ -13,7 +13,12 @@ struct SparseAvx512Base {
     // Of 32 rows each in the pattern 1:2: what one task of experts or of a linear layer has, or half of it.
     static constexpr int sparse_streams = 3;
     static constexpr int sparse_tokens = 4;
+    static constexpr int prefetch_ahead = 4096;
+    template <Format>
+    static constexpr int prefetch_level = 2;
+    using Bytes = __m512i;
     using Floats = __m512;
+    struct CodeSums {};
 
     static __m512i load(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
     template <int N>
@@ -46,6 +51,7 @@ struct SparseAvx512Base {
         return _mm512_ternarylogic_epi32(shift_words<N>(words), _mm512_set1_epi32(0x03030303),
                                          _mm512_set1_epi32(0x0C080400), keep_and_add);
     }
+    template <Format>
     static __m512i broadcast_bytes(const std::int8_t* q) {
         return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
     }
@@ -63,6 +69,10 @@ struct SparseAvx512Base {
     static __m512i code_zeros() {
         return _mm512_set1_epi8(static_cast<char>(F == Format::sparse_int8 ? 128 : 8));
     }
+
+    static CodeSums no_codes() { return {}; }
+    template <Format>
+    static void sum_codes(CodeSums&, __m512i) {}
 
     static __m512 load_halves(const std::uint8_t* p) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -93,7 +103,8 @@ struct SparseAvx512 : SparseAvx512Base {
         const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(value), with_sign);
         dot = _mm512_add_epi32(dot, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
     }
-    static __m512 to_floats(const Dot& dot) { return _mm512_cvtepi32_ps(dot); }
+    template <Format>
+    static __m512 to_floats(const Dot& dot, const CodeSums&) { return _mm512_cvtepi32_ps(dot); }
 };
 
 #if defined(__AVX512VNNI__)
@@ -109,7 +120,8 @@ struct SparseAvx512Vnni : SparseAvx512Base {
         dot.products = _mm512_dpbusd_epi32(dot.products, codes, x);
         dot.excess = _mm512_dpbusd_epi32(dot.excess, code_zeros<F>(), x);
     }
-    static __m512 to_floats(const Dot& dot) { return _mm512_cvtepi32_ps(_mm512_sub_epi32(dot.products, dot.excess)); }
+    template <Format>
+    static __m512 to_floats(const Dot& dot, const CodeSums&) { return _mm512_cvtepi32_ps(_mm512_sub_epi32(dot.products, dot.excess)); }
 };
 #endif
 

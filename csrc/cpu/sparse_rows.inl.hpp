@@ -57,12 +57,14 @@ GANGLINE_INLINE void add_numbers(const std::uint8_t* const (&step)[R], const flo
     });
 }
 
-// Codes: the same, into integer dot products.
+// Codes: the same, into integer dot products, and what a set needs to know of the codes besides.
 template <class S, Format F, int H, int R, int T>
 GANGLINE_INLINE void add_codes(const std::uint8_t* const (&step)[R], const std::int8_t* const (&q)[T],
-                               typename S::Dot (&dot)[T][R][S::vectors]) {
+                               typename S::Dot (&dot)[T][R][S::vectors], typename S::CodeSums (&sums)[R][S::vectors]) {
     constexpr int V = S::vectors;
     constexpr int bytes = 64 / V;
+    typename S::Bytes sixteen[T];
+    for (int t = 0; t < T; ++t) sixteen[t] = S::template broadcast_bytes<F>(q[t]);
     unrolled<2>([&](auto index) GANGLINE_INLINE_LAMBDA {
         constexpr int plane = 2 * H + decltype(index)::value;
         for (int r = 0; r < R; ++r) {
@@ -70,24 +72,27 @@ GANGLINE_INLINE void add_codes(const std::uint8_t* const (&step)[R], const std::
                 const auto places = S::template byte_places<2 * plane>(S::load(step[r] + v * bytes));
                 const std::uint8_t* values = step[r] + position_bytes + v * bytes;
                 const auto codes = S::template codes<F, plane>(values);
+                S::template sum_codes<F>(sums[r][v], codes);
                 for (int t = 0; t < T; ++t) {
-                    S::template add_products<F>(dot[t][r][v], codes, S::pick_bytes(S::broadcast_bytes(q[t]), places));
+                    S::template add_products<F>(dot[t][r][v], codes, S::pick_bytes(sixteen[t], places));
                 }
             }
         }
     });
 }
 
-// Asks the second-level cache for what one token will wait for. (Measured on Zen 4 with other work on the machine: into the
-// first level, or less far ahead, is slower, and so are fewer than three tiles at once.)
+// Asks for what one token will wait for, so many bytes ahead. Measured on Zen 4 with other work on the machine: with AVX-512
+// three tiles at once are fastest, and asking for them in the first level is slower; with AVX2 it is one tile, which is a single
+// stream of bytes, and codes come 1.2 times as fast by way of the first level.
 template <class S, Format F, int R>
-GANGLINE_INLINE void prefetch_step(const std::uint8_t* const (&step)[R]) {
+GANGLINE_INLINE void prefetch_step(const std::uint8_t* const (&step)[R], std::ptrdiff_t ahead) {
 #if defined(__GNUC__) || defined(__clang__)
-    constexpr int ahead = 4096;
-    for (int r = 0; r < R; ++r)
-        for (int line = 0; line < sparse_step_bytes(F); line += 64) __builtin_prefetch(step[r] + ahead + line, 0, 2);
+    for (int r = 0; r < R; ++r) {
+        for (int line = 0; line < sparse_step_bytes(F); line += 64)
+            __builtin_prefetch(step[r] + ahead + line, 0, S::template prefetch_level<F>);
+    }
 #else
-    static_cast<void>(step);
+    static_cast<void>(step), static_cast<void>(ahead);
 #endif
 }
 
@@ -130,12 +135,20 @@ struct SparseBlock {
         for (int r = 0; r < R; ++r) step[r] += Whole || index % 2 != 0 ? sparse_step_bytes(F) : 0;
     }
 
+    // How far ahead of a step the bytes are that its tile's worker will want: past the end of a tile the one that follows
+    // those computed now.
+    GANGLINE_INLINE std::ptrdiff_t ahead(int index) const {
+        const std::ptrdiff_t tile = static_cast<std::ptrdiff_t>(layout.tile_bytes);
+        const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(layout.steps_begin) + std::ptrdiff_t{index} * sparse_step_bytes(F);
+        return S::prefetch_ahead + (R > 1 && at + S::prefetch_ahead >= tile ? (R - 1) * tile : 0);
+    }
+
     // Units [index, end) of plain numbers, whose activations begin at from.
-    GANGLINE_INLINE static void numbers(int index, int end, const std::uint8_t* (&step)[R], const float* (&from)[T],
-                                        Floats (&sum)[2][T][R][V]) {
+    GANGLINE_INLINE void numbers(int index, int end, const std::uint8_t* (&step)[R], const float* (&from)[T],
+                                 Floats (&sum)[2][T][R][V]) const {
         for (; index < end; ++index) {
             if constexpr (Whole) {
-                if constexpr (T == 1) prefetch_step<S, F, R>(step);
+                if constexpr (T == 1) prefetch_step<S, F, R>(step, ahead(index));
                 const float* second[T];
                 for (int t = 0; t < T; ++t) second[t] = from[t] + half_columns;
                 add_numbers<S, F, 0, R, T>(step, from, sum);
@@ -186,19 +199,19 @@ struct SparseBlock {
     }
 
     // Units [index, end) of codes, which share all their scales.
-    GANGLINE_INLINE static void codes(int index, int end, const std::uint8_t* (&step)[R], const std::int8_t* (&from)[T],
-                                      typename S::Dot (&dot)[T][R][V]) {
+    GANGLINE_INLINE void codes(int index, int end, const std::uint8_t* (&step)[R], const std::int8_t* (&from)[T],
+                               typename S::Dot (&dot)[T][R][V], typename S::CodeSums (&sums)[R][V]) const {
         for (; index < end; ++index) {
             if constexpr (Whole) {
-                if constexpr (T == 1) prefetch_step<S, F, R>(step);
+                if constexpr (T == 1) prefetch_step<S, F, R>(step, ahead(index));
                 const std::int8_t* second[T];
                 for (int t = 0; t < T; ++t) second[t] = from[t] + half_columns;
-                add_codes<S, F, 0, R, T>(step, from, dot);
-                add_codes<S, F, 1, R, T>(step, second, dot);
+                add_codes<S, F, 0, R, T>(step, from, dot, sums);
+                add_codes<S, F, 1, R, T>(step, second, dot, sums);
             } else if (index % 2 == 0) {
-                add_codes<S, F, 0, R, T>(step, from, dot);
+                add_codes<S, F, 0, R, T>(step, from, dot, sums);
             } else {
-                add_codes<S, F, 1, R, T>(step, from, dot);
+                add_codes<S, F, 1, R, T>(step, from, dot, sums);
             }
             for (int t = 0; t < T; ++t) from[t] += unit_columns;
             go_on(index, step);
@@ -207,14 +220,14 @@ struct SparseBlock {
 
     // Dot products of (a part of) an activation group, times both scales.
     GANGLINE_INLINE void add_group(int group, std::ptrdiff_t shifts, const typename S::Dot (&dot)[T][R][V],
-                                   Floats (&acc)[T][R][kept][V]) const {
+                                   const typename S::CodeSums (&sums)[R][V], Floats (&acc)[T][R][kept][V]) const {
         const std::ptrdiff_t groups = x.padded / sparse_activation_group;
         const std::ptrdiff_t scales = std::ptrdiff_t{group >> layout.group_shift} * sparse_lanes * 2;
         for (int r = 0; r < R; ++r) {
             for (int v = 0; v < V; ++v) {
                 const auto factor = S::load_halves(tiles[r] + scales + v * lanes * 2);
                 for (int t = 0; t < T; ++t) {
-                    const auto scaled = S::times(factor, S::to_floats(dot[t][r][v]));
+                    const auto scaled = S::times(factor, S::template to_floats<F>(dot[t][r][v], sums[r][v]));
                     const auto scale = S::floats(x.scale[(token + t) * groups + group]);
                     if constexpr (A == 1) {
                         acc[t][r][0][v] = S::fused(scaled, scale, acc[t][r][0][v]);
@@ -243,8 +256,11 @@ struct SparseBlock {
             for (int t = 0; t < T; ++t)
                 for (int r = 0; r < R; ++r)
                     for (int v = 0; v < V; ++v) dot[t][r][v] = S::no_products();
-            codes(index, stop, step, from, dot);
-            add_group(group, shifts, dot, acc);
+            typename S::CodeSums sums[R][V];
+            for (int r = 0; r < R; ++r)
+                for (int v = 0; v < V; ++v) sums[r][v] = S::no_codes();
+            codes(index, stop, step, from, dot, sums);
+            add_group(group, shifts, dot, sums, acc);
             index = stop;
         }
     }
