@@ -12,14 +12,12 @@ Shape suffixes: T tokens, D hidden, G gate/up columns, F intermediate, O rows, I
 """
 
 import argparse
-import mmap
 import os
 import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
@@ -33,6 +31,7 @@ from gangline.formats.samoyeds import SparseCodec
 from gangline.formats.samoyeds_arrays import prune_magnitude
 from gangline.kernels.choice import set_native_threads
 from gangline.kernels.cpu import native
+from gangline.kernels.cpu.huge_pages import empty
 from gangline.kernels.cpu.native_kernel import NativeKernel
 from gangline.kernels.reference import ExpertMath
 from gangline.runtime.best_bandwidth import best_ram
@@ -102,14 +101,10 @@ class Side:
         self.nbytes = sum(len(raw) for raw in raws)
         self._kernel = NativeKernel(ExpertLayout(tuple(fields)), ExpertMath(swiglu))
         count = max(2 * shape.top_k, total // self.nbytes // shape.top_k * shape.top_k)
-        self._map = mmap.mmap(-1, count * self.nbytes)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        space = np.frombuffer(self._map, np.uint8).reshape(count, -1)
-        space[:] = torch.cat(raws).numpy()
-        self._experts = [
-            self._kernel.bind(torch.from_numpy(one).split([len(r) for r in raws])) for one in space
-        ]
+        # As experts lie in the engine's slots.
+        space = empty((count, self.nbytes), torch.uint8)
+        space[:] = torch.cat(raws)
+        self._experts = [self._kernel.bind(one.split([len(r) for r in raws])) for one in space]
         self._shape = shape
 
     def decode(self, x_TD: Tensor) -> float:

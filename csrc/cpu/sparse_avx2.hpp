@@ -17,8 +17,6 @@ struct SparseAvx2 {
     static constexpr int sparse_streams = 1;
     static constexpr int sparse_tokens = 2;
     static constexpr int prefetch_ahead = 8192;
-    template <Format F>
-    static constexpr int prefetch_level = sparse_value_bits(F) < 16 ? 3 : 2;
     using Floats = __m256;
     using Bytes = __m256i;
     using Dot = __m256i;

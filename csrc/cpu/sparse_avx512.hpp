@@ -14,8 +14,6 @@ struct SparseAvx512Base {
     static constexpr int sparse_streams = 3;
     static constexpr int sparse_tokens = 4;
     static constexpr int prefetch_ahead = 4096;
-    template <Format>
-    static constexpr int prefetch_level = 2;
     using Bytes = __m512i;
     using Floats = __m512;
     struct CodeSums {};

@@ -81,15 +81,15 @@ GANGLINE_INLINE void add_codes(const std::uint8_t* const (&step)[R], const std::
     });
 }
 
-// Asks for what one token will wait for, so many bytes ahead. Measured on Zen 4 with other work on the machine: with AVX-512
-// three tiles at once are fastest, and asking for them in the first level is slower; with AVX2 it is one tile, which is a single
-// stream of bytes, and codes come 1.2 times as fast by way of the first level.
-template <class S, Format F, int R>
+// Asks the second-level cache for what one token will wait for, so many bytes ahead. Measured on Zen 4: into the first level is
+// slower (but for weights that lie in the third), and so are less than 4096 bytes; with AVX-512 three tiles at once are fastest,
+// with AVX2 one, which is a single stream of bytes.
+template <Format F, int R>
 GANGLINE_INLINE void prefetch_step(const std::uint8_t* const (&step)[R], std::ptrdiff_t ahead) {
 #if defined(__GNUC__) || defined(__clang__)
     for (int r = 0; r < R; ++r) {
         for (int line = 0; line < sparse_step_bytes(F); line += 64)
-            __builtin_prefetch(step[r] + ahead + line, 0, S::template prefetch_level<F>);
+            __builtin_prefetch(step[r] + ahead + line, 0, 2);
     }
 #else
     static_cast<void>(step), static_cast<void>(ahead);
@@ -148,7 +148,7 @@ struct SparseBlock {
                                  Floats (&sum)[2][T][R][V]) const {
         for (; index < end; ++index) {
             if constexpr (Whole) {
-                if constexpr (T == 1) prefetch_step<S, F, R>(step, ahead(index));
+                if constexpr (T == 1) prefetch_step<F, R>(step, ahead(index));
                 const float* second[T];
                 for (int t = 0; t < T; ++t) second[t] = from[t] + half_columns;
                 add_numbers<S, F, 0, R, T>(step, from, sum);
@@ -203,7 +203,7 @@ struct SparseBlock {
                                typename S::Dot (&dot)[T][R][V], typename S::CodeSums (&sums)[R][V]) const {
         for (; index < end; ++index) {
             if constexpr (Whole) {
-                if constexpr (T == 1) prefetch_step<S, F, R>(step, ahead(index));
+                if constexpr (T == 1) prefetch_step<F, R>(step, ahead(index));
                 const std::int8_t* second[T];
                 for (int t = 0; t < T; ++t) second[t] = from[t] + half_columns;
                 add_codes<S, F, 0, R, T>(step, from, dot, sums);
