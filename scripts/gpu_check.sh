@@ -56,7 +56,12 @@ step 100 compile "$python" scripts/gpu_compile.py
 gpu_tests 90 tests_mma tests/kernels/cuda/test_gpu.py -k "not wgmma"
 gpu_tests 60 tests_wgmma tests/kernels/cuda/test_gpu.py -k wgmma
 gpu_tests 40 tests_model tests/runtime/test_gpu_experts.py
-layer 60 Mixtral-8x7B
+model() {
+  step "$1" "samoyeds_gpu_model_${2%%:*}" "$python" benchmarks/samoyeds/gpu_model.py --shape "$2" --rounds 5 --seconds "$(($1 - 30))" \
+    --out "$out/samoyeds_gpu_model_${2%%:*}.json"
+}
+
+layer 50 Mixtral-8x7B
 layer 50 OLMoE-1B-7B
 layer 40 Qwen2-MoE-A2.7B
 layer 40 DeepSeek-MoE-16B

@@ -92,7 +92,7 @@ def _hub_tensors(family: str, name: str, shape: tuple[int, ...]) -> Iterator[Ten
     name = name.replace(module_part, hub_part)
     fused = _FUSED.fullmatch(name)
     if fused is None:
-        yield TensorPlan(name, shape, _std(name, shape))
+        yield TensorPlan(name, shape, weight_std(name, shape))
         return
     gate, up, down = _HUB_MATRICES.get(family, ("gate_proj", "up_proj", "down_proj"))
     experts, rows, columns = shape
@@ -104,7 +104,8 @@ def _hub_tensors(family: str, name: str, shape: tuple[int, ...]) -> Iterator[Ten
             yield TensorPlan(f"{fused['experts']}.{expert}.{matrix}.weight", (rows, columns), columns**-0.5)
 
 
-def _std(name: str, shape: tuple[int, ...]) -> float | None:
+def weight_std(name: str, shape: tuple[int, ...]) -> float | None:
+    """Return the spread of a weight's values by its name in the model; None stands for a norm: all ones."""
     if len(shape) == 1:
         return None
     if _EMBEDDING.fullmatch(name):
