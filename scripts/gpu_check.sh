@@ -5,7 +5,8 @@
 #
 #     scripts/gpu_check.sh [FOLDER]        FOLDER: where results go, by default build/gpu-check
 #
-# FOLDER then holds a log and, for tests, a JUnit file for each part, samoyeds_gpu_layer_*.json, samoyeds_times.json
+# FOLDER then holds a log and, for tests, a JUnit file for each part, samoyeds_gpu_layer_*.json, samoyeds_gpu_model_*.json
+# (whole models, at 1 and 16 sequences, and the largest batch), samoyeds_times.json
 # (what the dispatcher's table should be) and summary.json: exit code and seconds of every part.
 #
 # Runs from a checkout, without installing it: needs Python 3.11 or newer with a CUDA build of torch, transformers,
@@ -51,22 +52,24 @@ layer() {
     --out "$out/samoyeds_gpu_layer_$2.json" --table "$out/times_$2.json"
 }
 
-step 20 machine "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name(0))'
-step 100 compile "$python" scripts/gpu_compile.py
-gpu_tests 90 tests_mma tests/kernels/cuda/test_gpu.py -k "not wgmma"
-gpu_tests 60 tests_wgmma tests/kernels/cuda/test_gpu.py -k wgmma
-gpu_tests 40 tests_model tests/runtime/test_gpu_experts.py
 model() {
   step "$1" "samoyeds_gpu_model_${2%%:*}" "$python" benchmarks/samoyeds/gpu_model.py --shape "$2" --rounds 5 --seconds "$(($1 - 30))" \
     --out "$out/samoyeds_gpu_model_${2%%:*}.json"
 }
 
-layer 50 Mixtral-8x7B
-layer 50 OLMoE-1B-7B
-layer 40 Qwen2-MoE-A2.7B
-layer 40 DeepSeek-MoE-16B
-layer 40 MiniCPM-MoE-8x2B
-layer 40 Mixtral-8x22B
+step 20 machine "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name(0))'
+step 100 compile "$python" scripts/gpu_compile.py
+gpu_tests 90 tests_mma tests/kernels/cuda/test_gpu.py -k "not wgmma"
+gpu_tests 60 tests_wgmma tests/kernels/cuda/test_gpu.py -k wgmma
+gpu_tests 40 tests_model tests/runtime/test_gpu_experts.py
+layer 45 Mixtral-8x7B
+layer 45 OLMoE-1B-7B
+model 90 olmoe-1b-7b
+model 70 mixtral-8x7b:8
+layer 35 Qwen2-MoE-A2.7B
+layer 35 DeepSeek-MoE-16B
+layer 35 MiniCPM-MoE-8x2B
+layer 35 Mixtral-8x22B
 step 10 table "$python" -c '
 import json, pathlib, sys
 folder = pathlib.Path(sys.argv[1])
