@@ -57,25 +57,21 @@ GANGLINE_INLINE void add_numbers(const std::uint8_t* const (&step)[R], const flo
     });
 }
 
-// Codes: the same, into integer dot products, and what a set needs to know of the codes besides.
+// Codes: the same of vector v of each tile, into integer dot products, and what a set needs to know of the codes besides.
 template <class S, Format F, int H, int R, int T>
-GANGLINE_INLINE void add_codes(const std::uint8_t* const (&step)[R], const std::int8_t* const (&q)[T],
-                               typename S::Dot (&dot)[T][R][S::vectors], typename S::CodeSums (&sums)[R][S::vectors]) {
-    constexpr int V = S::vectors;
-    constexpr int bytes = 64 / V;
+GANGLINE_INLINE void add_codes(const std::uint8_t* const (&step)[R], const std::int8_t* const (&q)[T], int v,
+                               typename S::Dot (&dot)[T][R], typename S::CodeSums (&sums)[R]) {
+    const int begin = v * (64 / S::vectors);
     typename S::Bytes sixteen[T];
     for (int t = 0; t < T; ++t) sixteen[t] = S::template broadcast_bytes<F>(q[t]);
     unrolled<2>([&](auto index) GANGLINE_INLINE_LAMBDA {
         constexpr int plane = 2 * H + decltype(index)::value;
         for (int r = 0; r < R; ++r) {
-            for (int v = 0; v < V; ++v) {
-                const auto places = S::template byte_places<2 * plane>(S::load(step[r] + v * bytes));
-                const std::uint8_t* values = step[r] + position_bytes + v * bytes;
-                const auto codes = S::template codes<F, plane>(values);
-                S::template sum_codes<F>(sums[r][v], codes);
-                for (int t = 0; t < T; ++t) {
-                    S::template add_products<F>(dot[t][r][v], codes, S::pick_bytes(sixteen[t], places));
-                }
+            const auto places = S::template byte_places<2 * plane>(S::load(step[r] + begin));
+            const auto codes = S::template codes<F, plane>(step[r] + position_bytes + begin);
+            S::template sum_codes<F>(sums[r], codes);
+            for (int t = 0; t < T; ++t) {
+                S::template add_products<F>(dot[t][r], codes, S::pick_bytes(sixteen[t], places));
             }
         }
     });
@@ -198,48 +194,75 @@ struct SparseBlock {
         }
     }
 
-    // Units [index, end) of codes, which share all their scales.
-    GANGLINE_INLINE void codes(int index, int end, const std::uint8_t* (&step)[R], const std::int8_t* (&from)[T],
-                               typename S::Dot (&dot)[T][R][V], typename S::CodeSums (&sums)[R][V]) const {
-        for (; index < end; ++index) {
-            if constexpr (Whole) {
-                if constexpr (T == 1) prefetch_step<F, R>(step, ahead(index));
-                const std::int8_t* second[T];
-                for (int t = 0; t < T; ++t) second[t] = from[t] + half_columns;
-                add_codes<S, F, 0, R, T>(step, from, dot, sums);
-                add_codes<S, F, 1, R, T>(step, second, dot, sums);
-            } else if (index % 2 == 0) {
-                add_codes<S, F, 0, R, T>(step, from, dot, sums);
-            } else {
-                add_codes<S, F, 1, R, T>(step, from, dot, sums);
-            }
-            for (int t = 0; t < T; ++t) from[t] += unit_columns;
-            go_on(index, step);
-        }
+    // One whole step of codes.
+    GANGLINE_INLINE static void add_step(const std::uint8_t* const (&step)[R], const std::int8_t* const (&first)[T], int v,
+                                         typename S::Dot (&dot)[T][R], typename S::CodeSums (&sums)[R]) {
+        const std::int8_t* second[T];
+        for (int t = 0; t < T; ++t) second[t] = first[t] + half_columns;
+        add_codes<S, F, 0, R, T>(step, first, v, dot, sums);
+        add_codes<S, F, 1, R, T>(step, second, v, dot, sums);
     }
 
     // Dot products of (a part of) an activation group, times both scales.
-    GANGLINE_INLINE void add_group(int group, std::ptrdiff_t shifts, const typename S::Dot (&dot)[T][R][V],
-                                   const typename S::CodeSums (&sums)[R][V], Floats (&acc)[T][R][kept][V]) const {
+    GANGLINE_INLINE void add_group(int group, std::ptrdiff_t shifts, int v, const typename S::Dot (&dot)[T][R],
+                                   const typename S::CodeSums (&sums)[R], Floats (&acc)[T][R][kept][V]) const {
         const std::ptrdiff_t groups = x.padded / sparse_activation_group;
         const std::ptrdiff_t scales = std::ptrdiff_t{group >> layout.group_shift} * sparse_lanes * 2;
         for (int r = 0; r < R; ++r) {
-            for (int v = 0; v < V; ++v) {
-                const auto factor = S::load_halves(tiles[r] + scales + v * lanes * 2);
-                for (int t = 0; t < T; ++t) {
-                    const auto scaled = S::times(factor, S::template to_floats<F>(dot[t][r][v], sums[r][v]));
-                    const auto scale = S::floats(x.scale[(token + t) * groups + group]);
-                    if constexpr (A == 1) {
-                        acc[t][r][0][v] = S::fused(scaled, scale, acc[t][r][0][v]);
-                    } else {
-                        for (int a = 0; a < (A == 0 ? layout.accumulators : A); ++a) {
-                            const auto here = S::where(tiles[r] + shifts + v * lanes, a);
-                            acc[t][r][a][v] = S::fused_where(here, scaled, scale, acc[t][r][a][v]);
-                        }
+            const auto factor = S::load_halves(tiles[r] + scales + v * lanes * 2);
+            for (int t = 0; t < T; ++t) {
+                const auto scaled = S::times(factor, S::template to_floats<F>(dot[t][r], sums[r]));
+                const auto scale = S::floats(x.scale[(token + t) * groups + group]);
+                if constexpr (A == 1) {
+                    acc[t][r][0][v] = S::fused(scaled, scale, acc[t][r][0][v]);
+                } else {
+                    for (int a = 0; a < (A == 0 ? layout.accumulators : A); ++a) {
+                        const auto here = S::where(tiles[r] + shifts + v * lanes, a);
+                        acc[t][r][a][v] = S::fused_where(here, scaled, scale, acc[t][r][a][v]);
                     }
                 }
             }
         }
+    }
+
+    // `count` units of codes, which share all their scales. Of whole steps there are Steps. One vector after the other, so that
+    // few registers are needed at a time.
+    template <int Steps>
+    GANGLINE_INLINE void add_units(int index, int count, int group, std::ptrdiff_t shifts, const std::uint8_t* (&step)[R],
+                                   const std::int8_t* (&from)[T], Floats (&acc)[T][R][kept][V]) const {
+        unrolled<V>([&](auto vector) GANGLINE_INLINE_LAMBDA {
+            constexpr int v = decltype(vector)::value;
+            typename S::Dot dot[T][R];
+            typename S::CodeSums sums[R];
+            for (int r = 0; r < R; ++r) {
+                sums[r] = S::no_codes();
+                for (int t = 0; t < T; ++t) dot[t][r] = S::no_products();
+            }
+            const std::uint8_t* at[R];
+            const std::int8_t* q[T];
+            for (int r = 0; r < R; ++r) at[r] = step[r];
+            for (int t = 0; t < T; ++t) q[t] = from[t];
+            if constexpr (Steps > 0) {
+                unrolled<Steps>([&](auto number) GANGLINE_INLINE_LAMBDA {
+                    if constexpr (T == 1 && v == 0) prefetch_step<F, R>(at, ahead(index + decltype(number)::value));
+                    add_step(at, q, v, dot, sums);
+                    for (int r = 0; r < R; ++r) at[r] += sparse_step_bytes(F);
+                    for (int t = 0; t < T; ++t) q[t] += unit_columns;
+                });
+            } else {
+                for (int i = index; i < index + count; ++i) {
+                    if (i % 2 == 0) add_codes<S, F, 0, R, T>(at, q, v, dot, sums);
+                    else add_codes<S, F, 1, R, T>(at, q, v, dot, sums);
+                    go_on(i, at);
+                    for (int t = 0; t < T; ++t) q[t] += unit_columns;
+                }
+            }
+            add_group(group, shifts, v, dot, sums, acc);
+            if constexpr (v == V - 1) {
+                for (int r = 0; r < R; ++r) step[r] = at[r];
+                for (int t = 0; t < T; ++t) from[t] = q[t];
+            }
+        });
     }
 
     GANGLINE_INLINE void code_segment(int index, int end, std::ptrdiff_t shifts, Floats (&acc)[T][R][kept][V]) const {
@@ -251,17 +274,11 @@ struct SparseBlock {
         while (index < end) {
             const int group = index / group_units;
             const int group_end = (group + 1) * group_units;
-            const int stop = end < group_end ? end : group_end;
-            typename S::Dot dot[T][R][V];
-            for (int t = 0; t < T; ++t)
-                for (int r = 0; r < R; ++r)
-                    for (int v = 0; v < V; ++v) dot[t][r][v] = S::no_products();
-            typename S::CodeSums sums[R][V];
-            for (int r = 0; r < R; ++r)
-                for (int v = 0; v < V; ++v) sums[r][v] = S::no_codes();
-            codes(index, stop, step, from, dot, sums);
-            add_group(group, shifts, dot, sums, acc);
-            index = stop;
+            const int count = (end < group_end ? end : group_end) - index;
+            if constexpr (!Whole) add_units<0>(index, count, group, shifts, step, from, acc);
+            else if (count == group_units) add_units<group_units>(index, count, group, shifts, step, from, acc);
+            else add_units<1>(index, count, group, shifts, step, from, acc);
+            index += count;
         }
     }
 
