@@ -13,17 +13,23 @@
 namespace gangline {
 namespace {
 
-// Rows of one task.
-constexpr int task_rows = streamed_rows;
+// Rows of one task. With one token for each expert a task is over as soon as its weights are read, and the beginning of each
+// stream costs time: tasks are twice as long where there are enough of them for all workers to end together.
+int task_rows_of(const ExpertsCall& call, int workers) {
+    constexpr int enough = 8;  // tasks of a worker
+    const bool alone = call.starts[call.count] == call.count;
+    const int tasks = call.count * (call.layer->intermediate / (2 * streamed_rows));
+    return alone && tasks >= enough * workers ? 2 * streamed_rows : streamed_rows;
+}
 
 // Columns of the sums that one task owns: few enough that all workers end together.
-int sum_rows_of(int hidden, int workers) { return std::clamp(hidden / (8 * workers) / 16 * 16, 32, task_rows); }
+int sum_rows_of(int hidden, int workers, int most) { return std::clamp(hidden / (8 * workers) / 16 * 16, 32, most); }
 
 // Rows of gate and up that one task takes: chunks of h end where a group of the down projection ends.
-int gate_rows_of(int down_group) {
+int gate_rows_of(int down_group, int rows) {
     const int unit = std::lcm(16, std::max(1, down_group));
-    const int both = std::lcm(unit, task_rows);
-    return both <= 2 * task_rows ? both : std::max(unit, (task_rows + unit - 1) / unit * unit);
+    const int both = std::lcm(unit, rows);
+    return both <= 2 * streamed_rows ? both : std::max(unit, (rows + unit - 1) / unit * unit);
 }
 
 int group_of(const Matrix& w) { return needs_int8_activations(w.format) ? activation_group(w) : 0; }
@@ -115,9 +121,10 @@ void ExpertsRun::prepare(const ExpertsCall& call, int workers) {
     const Expert& one = *call.experts[0];
     first_group_ = group_of(one.first);
     down_group_ = group_of(one.down);
-    gate_rows_ = gate_rows_of(down_group_);
-    down_rows_ = 2 * task_rows;
-    sum_rows_ = sum_rows_of(call.layer->hidden, workers);
+    const int rows = task_rows_of(call, workers);
+    gate_rows_ = gate_rows_of(down_group_, rows);
+    down_rows_ = 2 * rows;
+    sum_rows_ = sum_rows_of(call.layer->hidden, workers, rows);
     room_ = block_tokens * 2 * (gate_rows_ + 32) + gate_rows_;
     rooms_.want(static_cast<std::size_t>(workers) * static_cast<std::size_t>(room_));
     gate_up_segments_.reserve(static_cast<std::size_t>(call.count));
@@ -315,7 +322,8 @@ void experts_forward(const ExpertsCall& call) {
 
 std::size_t experts_scratch_bytes(const ExpertsLayer& layer, const Expert& expert, int tokens, int pairs, int workers) {
     const int slab = std::min(pairs, slab_pairs);
-    const int rows = gate_rows_of(group_of(expert.down));
+    const int group = group_of(expert.down);
+    const int rows = std::max(gate_rows_of(group, streamed_rows), gate_rows_of(group, 2 * streamed_rows));
     const std::size_t room = static_cast<std::size_t>(block_tokens * 2 * (rows + 32) + rows) * sizeof(float);
     return PairRows::bytes(tokens, slab, layer.hidden, group_of(expert.first), workers) +
            static_cast<std::size_t>(slab) * kept_row_bytes(layer.intermediate, group_of(expert.down)) +

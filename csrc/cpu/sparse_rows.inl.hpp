@@ -11,7 +11,7 @@
 //         cycles, 14 bytes a cycle.
 // Two or three times what a core gets from memory. With AVX2 int4 takes 9 operations for each plane of 8 lanes (24 bytes), 12
 // with what ends a group; four units share them, a shuffle or shift has only two: 3.7 cycles as measured, 6.5 bytes a cycle,
-// which is about what a core gets from memory. Orders of activations made once a token (tables of 16 entries, one permute
+// which is about a core's share of the memory where all cores read. Orders of activations made once a token (tables of 16 entries, one permute
 // and no shift for the second slot) would save an operation a quad, but read 64 bytes of table for every 64 bytes of weights
 // from the second-level cache; pairs of bf16 would halve the rest, but round the activations.
 //
