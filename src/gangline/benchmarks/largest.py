@@ -6,7 +6,7 @@ from collections.abc import Callable
 def largest(works: Callable[[int], bool], most: int, *, parts: int = 16) -> int:
     """Return the largest of the tried sizes at which ``works`` is true; 0 if it is nowhere.
 
-    Sizes are doubled until one fails, then the gap is halved until it is at most a ``parts``-th of what works.
+    Sizes are doubled until one fails, then the gap is halved until it is a ``parts``-th of what works.
 
     Args:
         works: whether so many fit; true below a size and false above it.
