@@ -108,7 +108,7 @@ class Subject:
             std = weight_std(name, tuple(weight.shape))
             if std is None:
                 weight.data.fill_(1.0)
-            elif ".experts." not in name or "shared_experts" in name:
+            elif not of_expert(name):
                 weight.data.normal_(0.0, std)
         found = sparse_codec(codec)
         for block in self.view.blocks:
@@ -154,7 +154,7 @@ class Subject:
         experts = sum(block.geometry.experts for block in self.view.blocks)
         geometry = self.view.blocks[0].geometry
         used = experts * (1 - (1 - geometry.top_k / geometry.experts) ** sequences)
-        dense = sum(w.numel() for name, w in self.model.named_parameters() if is_dense(name))
+        dense = sum(w.numel() for name, w in self.model.named_parameters() if read_always(name))
         return 2 * dense + used * self.expert_bytes(side)
 
     def expert_bytes(self, side: Side) -> int:
@@ -164,9 +164,14 @@ class Subject:
         return 2 * sum(spec.shape[0] * spec.shape[1] for spec in self.view.blocks[0].fields)
 
 
-def is_dense(name: str) -> bool:
-    """Whether every token reads the weight."""
-    return (".experts." not in name or "shared_experts" in name) and "embed_tokens" not in name
+def of_expert(name: str) -> bool:
+    """Whether the weight is of an expert that a router chooses."""
+    return ".experts." in name and "shared_experts" not in name
+
+
+def read_always(name: str) -> bool:
+    """Whether a step reads the whole weight; of the embedding it reads a row."""
+    return not of_expert(name) and "embed_tokens" not in name
 
 
 def layout_of(block: MoEBlock, codec: str) -> ExpertLayout:

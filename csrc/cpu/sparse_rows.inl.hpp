@@ -9,10 +9,10 @@
 //   int4  128 bytes of codes and 64 of positions (a step): for each of 4 planes 2 operations for the index, 1 permute, 1.5
 //         for the codes, 2 dot products (the second adds up what the unsigned codes are too large by): 26 operations, 13
 //         cycles, 14 bytes a cycle.
-// Two or three times what a core gets from memory. With AVX2 int4 takes 9 operations for each plane of 8 lanes (24 bytes), 12
-// with what ends a group; four units share them, a shuffle or shift has only two: 3.7 cycles as measured, 6.5 bytes a cycle,
-// which is about a core's share of the memory where all cores read. Orders of activations made once a token (tables of 16 entries, one permute
-// and no shift for the second slot) would save an operation a quad, but read 64 bytes of table for every 64 bytes of weights
+// Two or three times what a core gets from memory. With AVX2 int4 takes 9 operations for each plane of 8 lanes (24 bytes), 11
+// with what ends a group; four units share them: 2.75 cycles at best, 9 bytes a cycle. Orders of activations made once a
+// token (tables of 16 entries, one permute and no shift for the second slot) would save an operation a quad, but read 64 bytes
+// of table for every 64 bytes of weights
 // from the second-level cache; pairs of bf16 would halve the rest, but round the activations.
 //
 // Order of the sums, for one token as for many: plain numbers have one sum for the first value of every quad and one for
