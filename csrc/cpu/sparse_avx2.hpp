@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 #include "dot_avx.hpp"
+#include "settle.hpp"
 #include "sparse_layout.hpp"
 
 namespace gangline {
@@ -84,9 +85,11 @@ struct SparseAvx2 {
     static void add_products(Dot& dot, __m256i codes, __m256i x) {
         if constexpr (F == Format::sparse_int4) {
             dot = _mm256_add_epi16(dot, _mm256_maddubs_epi16(x, codes));
+            settle(dot);
         } else {
             const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
             dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+            settle(dot);
         }
     }
     template <Format F>

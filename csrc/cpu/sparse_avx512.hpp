@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "settle.hpp"
 #include "sparse_layout.hpp"
 
 namespace gangline {
@@ -100,6 +101,7 @@ struct SparseAvx512 : SparseAvx512Base {
         const __m512i with_sign = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(value), _mm512_setzero_si512(), x);
         const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(value), with_sign);
         dot = _mm512_add_epi32(dot, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+        settle(dot);
     }
     template <Format>
     static __m512 to_floats(const Dot& dot, const CodeSums&) { return _mm512_cvtepi32_ps(dot); }

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "dot_avx.hpp"
+#include "settle.hpp"
 #include "tile_layout.hpp"
 
 namespace gangline {
@@ -70,11 +71,15 @@ struct Avx2 {
     template <bool First, bool Last, class W>
     static void add_products(Ints& dot, Partial& partial, const W& w, Bytes x) {
         partial = First ? products(w, x) : _mm256_add_epi16(partial, products(w, x));
+        settle(partial);
         if (Last) dot = _mm256_add_epi32(dot, _mm256_madd_epi16(partial, _mm256_set1_epi16(1)));
     }
 
     static Partial pairs(int a) { return _mm256_set1_epi16(static_cast<short>(a)); }
-    static void gather(Partial& partial, const Plain& w, Bytes x) { partial = _mm256_add_epi16(partial, products(w, x)); }
+    static void gather(Partial& partial, const Plain& w, Bytes x) {
+        partial = _mm256_add_epi16(partial, products(w, x));
+        settle(partial);
+    }
     static __m256i load_pair_scales(const std::uint8_t* scales, int at) {
         const __m256i rows = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + at)));
         return _mm256_blend_epi16(rows, _mm256_slli_epi32(rows, 16), 0xAA);

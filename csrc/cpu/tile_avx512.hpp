@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "settle.hpp"
 #include "tile_layout.hpp"
 
 namespace gangline {
@@ -122,10 +123,14 @@ struct Avx512 : Avx512Base {
     template <bool First, bool Last, class W>
     static void add_products(Ints& dot, Partial& partial, const W& w, Bytes x) {
         partial = First ? products(w, x) : _mm512_add_epi16(partial, products(w, x));
+        settle(partial);
         if (Last) dot = _mm512_add_epi32(dot, _mm512_madd_epi16(partial, _mm512_set1_epi16(1)));
     }
     static Partial pairs(int a) { return _mm512_set1_epi16(static_cast<short>(a)); }
-    static void gather(Partial& partial, const Plain& w, Bytes x) { partial = _mm512_add_epi16(partial, products(w, x)); }
+    static void gather(Partial& partial, const Plain& w, Bytes x) {
+        partial = _mm512_add_epi16(partial, products(w, x));
+        settle(partial);
+    }
     static __m512i load_pair_scales(const std::uint8_t* scales, int at) {
         const __m512i rows = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + at)));
         return _mm512_mask_mov_epi16(rows, 0xAAAAAAAA, _mm512_slli_epi32(rows, 16));
