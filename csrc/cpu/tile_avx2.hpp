@@ -17,7 +17,7 @@ namespace {
 struct Avx2 {
     static constexpr int vectors = 2;
     static constexpr int row_blocks = 1;
-    static constexpr int tokens = 4;
+    static constexpr int tokens = 6;
     static constexpr bool signed_bytes = true;
     static constexpr bool gathers = true;
     using Bytes = __m256i;
@@ -75,7 +75,12 @@ struct Avx2 {
         if (Last) dot = _mm256_add_epi32(dot, _mm256_madd_epi16(partial, _mm256_set1_epi16(1)));
     }
 
-    static Partial pairs(int a) { return _mm256_set1_epi16(static_cast<short>(a)); }
+    // -(sum << Shift) in all pairs.
+    template <int Shift>
+    static Partial minus_shifted(std::int32_t sum) {
+        const __m256i sums = _mm256_set1_epi16(static_cast<short>(sum));
+        return _mm256_sub_epi16(_mm256_setzero_si256(), _mm256_slli_epi16(sums, Shift));
+    }
     static void gather(Partial& partial, const Plain& w, Bytes x) {
         partial = _mm256_add_epi16(partial, products(w, x));
         settle(partial);
@@ -153,7 +158,6 @@ struct Avx2 {
 
 #if defined(__AVXVNNI__)
 struct AvxVnni : Avx2 {
-    static constexpr int tokens = 6;
     static constexpr bool signed_bytes = false;
     static constexpr bool gathers = false;
     struct Partial {};

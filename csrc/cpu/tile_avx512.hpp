@@ -126,7 +126,12 @@ struct Avx512 : Avx512Base {
         settle(partial);
         if (Last) dot = _mm512_add_epi32(dot, _mm512_madd_epi16(partial, _mm512_set1_epi16(1)));
     }
-    static Partial pairs(int a) { return _mm512_set1_epi16(static_cast<short>(a)); }
+    // -(sum << Shift) in all pairs.
+    template <int Shift>
+    static Partial minus_shifted(std::int32_t sum) {
+        const __m512i sums = _mm512_set1_epi16(static_cast<short>(sum));
+        return _mm512_sub_epi16(_mm512_setzero_si512(), _mm512_slli_epi16(sums, Shift));
+    }
     static void gather(Partial& partial, const Plain& w, Bytes x) {
         partial = _mm512_add_epi16(partial, products(w, x));
         settle(partial);

@@ -139,7 +139,8 @@ GANGLINE_INLINE void gather_group(const std::uint8_t* const (&codes)[R], const s
     constexpr int V = S::vectors;
     typename S::Partial partial[T][R][V];
     for (int t = 0; t < T; ++t) {
-        const auto start = S::pairs(-(code_zero(F) / 2) * sum[t * groups]);  // both halves of a pair have it
+        // Half of the zero point for each half of a pair.
+        const auto start = S::template minus_shifted<code_bits(F) - 2>(sum[t * groups]);
         for (int r = 0; r < R; ++r)
             for (int v = 0; v < V; ++v) partial[t][r][v] = start;
     }
