@@ -2,6 +2,9 @@
 // turns along the columns, whatever the number of rows and tokens. Rows need no alignment.
 #pragma once
 
+#include <algorithm>
+
+#include "float_panels.inl.hpp"
 #include "matrix.hpp"
 #include "vec.inl.hpp"
 
@@ -21,14 +24,6 @@ struct Bf16Weights {
     static Vec load(const std::uint8_t* p) { return Vec::load_bf16(p); }
 };
 
-// The last `count` columns, the rest of the vector zero.
-template <class Weights>
-inline Vec load_weights_part(const std::uint8_t* p, int count) {
-    std::uint8_t buffer[Vec::width * Weights::size] = {};
-    std::memcpy(buffer, p, static_cast<std::size_t>(count) * Weights::size);
-    return Weights::load(buffer);
-}
-
 inline void prefetch(const void* p) {
 #if defined(__GNUC__) || defined(__clang__)
     __builtin_prefetch(p);
@@ -36,8 +31,6 @@ inline void prefetch(const void* p) {
     (void)p;
 #endif
 }
-
-constexpr int chains = 2;
 
 template <class Weights, int R, int T>
 inline void float_rows(const std::uint8_t* w, int cols, const float* x, std::ptrdiff_t stride, float* y,
@@ -97,12 +90,20 @@ inline void float_tokens(const std::uint8_t* w, int cols, const Activations& x, 
     }
 }
 
+constexpr int float_panels_from = 3;  // tokens
+
 template <class Weights>
 void float_matmul(const Matrix& w, int row_begin, int row_end, const Activations& x, float* y, std::ptrdiff_t y_stride) {
     // As many rows at once as leave the running vectors in registers.
     constexpr int many = Vec::width == 16 ? 4 : 2;
     const std::ptrdiff_t row_bytes = std::ptrdiff_t{w.cols} * Weights::size;
     int r = row_begin;
+    for (; x.tokens >= float_panels_from && r + float_panel_rows <= row_end; r += float_panel_rows) {
+        for (int t = 0; t < x.tokens; t += float_panel_tokens) {
+            panel_of_rows<Weights>(w.data + r * row_bytes, w.cols, x.x + t * x.stride, x.stride,
+                                   std::min(float_panel_tokens, x.tokens - t), y + t * y_stride + r, y_stride);
+        }
+    }
     for (; r + many <= row_end; r += many) {
         float_tokens<Weights, many, 2>(w.data + r * row_bytes, w.cols, x, y + r, y_stride);
     }

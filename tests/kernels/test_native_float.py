@@ -87,6 +87,18 @@ def test_a_row_gives_the_same_whatever_is_computed_with_it(
     assert_product(w_OI, x_TI, together)
 
 
+@pytest.mark.parametrize("codec", DTYPES)
+@pytest.mark.parametrize("cols", [511, 1024, 1061])
+def test_many_tokens_give_the_sums_of_each_alone(codec: str, cols: int, table: str, seed: int) -> None:
+    # More columns than a panel has, and more tokens (101) than pass one panel by.
+    w_OI = torch.randn(27, cols).to(DTYPES[codec])
+    x_TI = torch.randn(101, cols)
+    together = multiply(w_OI, x_TI, codec)
+    alone = torch.cat([multiply(w_OI, x_I[None].contiguous(), codec) for x_I in x_TI])
+    assert torch.equal(together, alone)
+    assert_product(w_OI, x_TI, together)
+
+
 def test_special_values_pass_through(table: str) -> None:
     # Subnormal halves, the largest, infinities: each column by itself.
     values = torch.tensor([6e-8, 5.96e-8 * 1023, 65504.0, -65504.0, torch.inf, -torch.inf, -0.0, 1.0])
